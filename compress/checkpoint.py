@@ -1,0 +1,51 @@
+"""Models out: a Hugging Face folder, safetensors only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flabc.spec import ModelSpec
+
+from .model import CausalLM
+
+#: Config keys that say a size per layer and make no sense once layers are gone.
+_PER_LAYER_KEYS = ("layer_types", "max_window_layers")
+
+
+def write(model: CausalLM, folder: Path) -> None:
+    """Write config, generation config, tokenizer and weights, in the dtype the model has.
+
+    Raises:
+        ModelError: if the layers differ in shape: a plain config cannot say that.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    _write_json(folder / "config.json", plain_config(model))
+    if model.generation_config:
+        _write_json(folder / "generation_config.json", model.generation_config)
+    write_tokenizer(model, folder)
+    weights = {name: model.weights[name].contiguous() for name in model.spec.shapes()}
+    save_torch_state_dict(weights, folder, metadata={"format": "pt"})
+
+
+def write_tokenizer(model: CausalLM, folder: Path) -> None:
+    """Write ``tokenizer.json``, ``tokenizer_config.json`` and the chat template."""
+    _write_json(folder / "tokenizer.json", model.tokenizer.tokenizer)
+    _write_json(folder / "tokenizer_config.json", model.tokenizer.config)
+    if model.tokenizer.chat_template is not None:
+        (folder / "chat_template.jinja").write_text(model.tokenizer.chat_template, encoding="utf-8")
+
+
+def plain_config(model: CausalLM) -> dict[str, Any]:
+    """The native config of the model's family for its shapes; ``ModelSpec.from_config`` reads the same spec back."""
+    config = {key: value for key, value in model.config.items() if key not in _PER_LAYER_KEYS}
+    config |= model.spec.config_fields() | {"architectures": [model.family.architecture]}
+    assert ModelSpec.from_config(config) == model.spec
+    return config
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

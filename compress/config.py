@@ -1,0 +1,107 @@
+"""What a recipe can say about compressing: frozen data, no action.
+
+Each stage has one config; the field ``stage`` tells them apart. Names of criteria and scores come from the
+registries of the modules that implement them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+
+from flabc.errors import UnknownNameError
+
+from .criteria import CRITERIA
+from .data.corpus import CORPORA
+from .score import SCORES
+
+
+def known(kind: str, names: Iterable[str]) -> tuple[AfterValidator, WithJsonSchema]:
+    """Annotations for a string that must be a registered name; editors are offered the choice."""
+    choices = sorted(names)
+
+    def check(value: str) -> str:
+        if value not in choices:
+            raise ValueError(str(UnknownNameError(kind, value, choices)))
+        return value
+
+    return AfterValidator(check), WithJsonSchema({"type": "string", "enum": choices})
+
+
+class Config(BaseModel):
+    """Frozen, and closed: a misspelt field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Target(Config):
+    """How much of the model is to be left over; stages cut until it is reached and never beyond it."""
+
+    params: float = Field(gt=0, lt=1, description="Fraction of the dense model's parameters to keep.")
+
+
+class Calibration(Config):
+    """The text on which the model is listened to while it is cut."""
+
+    corpus: str = Field(
+        "python-stdlib", description=f"A built-in corpus ({', '.join(CORPORA)}), or a file or folder of text."
+    )
+    sequences: int = Field(16, gt=0, description="Token sequences for scores and statistics.")
+    sequence_length: int = Field(512, gt=1, description="Tokens per sequence.")
+
+
+class VocabConfig(Config):
+    """Keep the tokens that the corpus needs, and everything that the tokenizer needs to make them."""
+
+    stage: Literal["vocab"] = "vocab"
+    coverage: float = Field(
+        1.0, gt=0, le=1, description="Keep the most frequent tokens that make up this share of the corpus."
+    )
+    max_size: int | None = Field(None, gt=0, description="Rows at most; the least frequent leaves go first.")
+    multiple_of: int = Field(64, gt=0, description="The number of rows is a multiple of this.")
+
+
+class LayersConfig(Config):
+    """Remove whole layers one after another, each time the one whose absence costs least."""
+
+    stage: Literal["layers"] = "layers"
+    fraction: float | None = Field(None, gt=0, lt=1, description="Share of the layers to remove.")
+    count: int | None = Field(None, gt=0, description="Number of layers to remove.")
+    criterion: Annotated[str, *known("criterion", CRITERIA)] = Field("kl", description="What absence costs.")
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> LayersConfig:
+        if (self.fraction is None) == (self.count is None):
+            raise ValueError("give exactly one of 'fraction' and 'count'")
+        return self
+
+
+class FFNConfig(Config):
+    """Remove FFN channels, the same number in every layer."""
+
+    stage: Literal["ffn"] = "ffn"
+    rate: float | None = Field(
+        None, gt=0, lt=1, description="Share of the channels to remove; without it, what the target still needs."
+    )
+    score: Annotated[str, *known("score", SCORES)] = Field("activation", description="What a channel is worth.")
+    restore: bool = Field(True, description="Refit the output projection to the dense output (least squares).")
+    multiple_of: int = Field(64, gt=0, description="The width left is a multiple of this.")
+
+
+StageConfig = Annotated[VocabConfig | LayersConfig | FFNConfig, Field(discriminator="stage")]
+
+#: The stages by name, for messages.
+STAGE_NAMES = ("ffn", "layers", "vocab")
+
+
+def check_stage_name(entry: Any) -> None:
+    """Answer an unknown stage with the nearest known one, before pydantic sees the entry.
+
+    Raises:
+        UnknownNameError: if ``entry["stage"]`` is a name of no stage.
+    """
+    name = entry.get("stage") if isinstance(entry, dict) else None
+    if isinstance(name, str) and name not in STAGE_NAMES:
+        raise UnknownNameError("stage", name, STAGE_NAMES)

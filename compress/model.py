@@ -1,0 +1,130 @@
+"""CausalLM: a model as compress sees it, and the exact surgery on its tensors.
+
+Letters in shape comments: N sequences, T tokens of each, D hidden_size, V vocab_size, F intermediate_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flabc.artifact import SourceRecord
+from flabc.errors import ModelError
+from flabc.families import Axis, Family, TensorSlot, family_named
+from flabc.spec import LayerSpec, ModelSpec
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """A tokenizer as its files say it.
+
+    Args:
+        tokenizer: the content of ``tokenizer.json``.
+        config: the content of ``tokenizer_config.json``.
+        chat_template: the Jinja template, or None.
+    """
+
+    tokenizer: Mapping[str, Any]
+    config: Mapping[str, Any]
+    chat_template: str | None = None
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """A decoder model in memory: shapes, config, tensors by their checkpoint names, tokenizer. Never changed in place."""
+
+    spec: ModelSpec
+    config: Mapping[str, Any]
+    generation_config: Mapping[str, Any]
+    tokenizer: TokenizerFiles
+    weights: Mapping[str, Tensor]
+    source: SourceRecord
+
+    @property
+    def family(self) -> Family:
+        """The architecture family."""
+        return family_named(self.spec.family)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the weights are kept."""
+        return next(iter(self.weights.values())).dtype
+
+    def tensor(self, role: str, layer: int | None = None) -> Tensor:
+        """The tensor that plays ``role`` (a ``TensorSlot.role``), in a layer if it belongs to one."""
+        return self.weights[self.name(role, layer)]
+
+    def name(self, role: str, layer: int | None = None) -> str:
+        """The checkpoint name of the tensor that plays ``role``."""
+        slots = self.family.tensors if layer is None else self.family.layer_tensors
+        return next(slot for slot in slots if slot.role == role).name.format(layer=layer)
+
+    @property
+    def output_matrix(self) -> Tensor:
+        """The matrix that turns hidden states into logits, (V, D): the embedding where it is tied."""
+        return self.tensor("embedding" if self.spec.tie_word_embeddings else "head")
+
+    def layer_weights(self, layer: int) -> dict[str, Tensor]:
+        """One layer's tensors, by their names inside the layer (``self_attn.q_proj.weight``)."""
+        prefix = f"model.layers.{layer}."
+        return {name.removeprefix(prefix): t for name, t in self.weights.items() if name.startswith(prefix)}
+
+
+def check_weights(model: CausalLM) -> None:
+    """Make sure that the tensors are those that the spec says, of its shapes, and finite.
+
+    Raises:
+        ModelError: naming the first tensor that is missing, has another shape, or holds NaN or infinity.
+    """
+    for name, shape in model.spec.shapes().items():
+        if name not in model.weights:
+            raise ModelError(f"The model has no tensor {name!r}.", expected=f"shape {shape}")
+        tensor = model.weights[name]
+        if tuple(tensor.shape) != shape:
+            raise ModelError(f"Tensor {name!r} has the wrong shape.", expected=str(shape), found=str(tuple(tensor.shape)))
+        if not torch.isfinite(tensor).all():
+            raise ModelError(f"Tensor {name!r} holds NaN or infinity.", fix="Get an undamaged copy of the model.")
+
+
+def cut_vocab(model: CausalLM, keep: Sequence[int]) -> CausalLM:
+    """Keep these rows of the embedding and the output matrix, in this order. The tokenizer is the caller's."""
+    weights = dict(model.weights)
+    _take(weights, model.family.tensors, Axis.VOCAB, keep, None)
+    return replace(model, spec=model.spec.model_copy(update={"vocab_size": len(keep)}), weights=weights)
+
+
+def cut_layers(model: CausalLM, keep: Sequence[int]) -> CausalLM:
+    """Keep these layers, in this order, numbered anew."""
+    inner = {name: t for name, t in model.weights.items() if ".layers." not in name}
+    for new, old in enumerate(keep):
+        inner |= {f"model.layers.{new}.{name}": t for name, t in model.layer_weights(old).items()}
+    layers = tuple(model.spec.layers[old] for old in keep)
+    return replace(model, spec=model.spec.model_copy(update={"layers": layers}), weights=inner)
+
+
+def cut_channels(model: CausalLM, keep: Mapping[int, Sequence[int]]) -> CausalLM:
+    """Keep these FFN channels of each layer named, in this order; exact for all that is kept."""
+    weights, layers = dict(model.weights), list(model.spec.layers)
+    for layer, channels in keep.items():
+        _take(weights, model.family.layer_tensors, Axis.INTERMEDIATE, channels, layer)
+        layers[layer] = _resized(layers[layer], intermediate_size=len(channels))
+    return replace(model, spec=model.spec.model_copy(update={"layers": tuple(layers)}), weights=weights)
+
+
+def _resized(layer: LayerSpec, **sizes: int) -> LayerSpec:
+    return LayerSpec(**{**layer.model_dump(), **sizes})
+
+
+def _take(
+    weights: dict[str, Tensor], slots: Sequence[TensorSlot], axis: Axis, keep: Sequence[int], layer: int | None
+) -> None:
+    """Select ``keep`` along ``axis`` in every tensor that lives there."""
+    index = torch.as_tensor(keep, dtype=torch.long)
+    for slot in slots:
+        name = slot.name.format(layer=layer)
+        if axis in slot.axes and name in weights:
+            weights[name] = weights[name].index_select(slot.axes.index(axis), index)

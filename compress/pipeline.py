@@ -1,0 +1,135 @@
+"""A recipe's stages, one after another, on one model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log
+from typing import Any
+
+import torch
+
+from flabc.console import note
+from flabc.errors import FlabcError, StageError
+
+from .channels import FFN
+from .config import Calibration, Config, FFNConfig, LayersConfig, Target, VocabConfig
+from .data import corpus
+from .data.corpus import Document
+from .layers import LAYERS
+from .model import CausalLM
+from .stage import Context, Stage, encoder
+from .vocab import VOCAB
+from .walk import Walk, dense_variant
+
+#: The stages, by the config that asks for them.
+STAGES: dict[type[Config], Stage[Any, Any]] = {VocabConfig: VOCAB, LayersConfig: LAYERS, FFNConfig: FFN}
+
+#: Held-out windows, and their length in tokens, on which the result is compared with the dense model.
+CHECKED_WINDOWS, CHECKED_LENGTH = 8, 512
+
+
+@dataclass(frozen=True)
+class StageReceipt:
+    """What one stage did."""
+
+    stage: str
+    summary: str
+    parameters: int
+    seconds: float
+    details: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for the manifest."""
+        return dict(vars(self))
+
+
+def run(
+    model: CausalLM,
+    stages: Sequence[Config],
+    *,
+    target: Target | None,
+    calibration: Calibration,
+    device: str = "cpu",
+    seed: int = 0,
+) -> tuple[CausalLM, list[StageReceipt], dict[str, Any]]:
+    """Run the stages in order.
+
+    Args:
+        model: the dense model.
+        stages: their configs, in order.
+        target: how much is to be left at the end.
+        calibration: the text to listen to.
+        device: a torch device.
+        seed: picks the calibration sequences.
+
+    Returns:
+        the cut model, a receipt for each stage, and how the result does on held-out text.
+
+    Raises:
+        StageError: if a stage cannot do what it was asked; it is named.
+    """
+    context = _context(model, target, calibration, device, seed)
+    dense, receipts = model, list[StageReceipt]()
+    for config in stages:
+        started = time.monotonic()
+        name = str(getattr(config, "stage", type(config).__name__))
+        try:
+            plan = STAGES[type(config)].plan(model, config, context)
+            note(plan.summary)
+            model = STAGES[type(config)].apply(model, plan)
+        except FlabcError as error:
+            raise StageError(f"Stage {name!r} stopped: {error}") from error
+        seconds = round(time.monotonic() - started, 2)
+        receipts.append(StageReceipt(name, plan.summary, model.spec.num_parameters, seconds, dict(plan.details)))
+    quality = {
+        "calibration": corpus.fingerprint(context.documents),
+        "heldout": corpus.fingerprint(context.heldout),
+        "heldout_bits_per_byte": {"dense": bits_per_byte(dense, context), "pruned": bits_per_byte(model, context)},
+    }
+    return model, receipts, quality
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """The fastest dtype that scores well: bfloat16 where the hardware multiplies it, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    return torch.float32
+
+
+def bits_per_byte(model: CausalLM, context: Context) -> float:
+    """What the model needs to encode held-out text, independent of its tokens; windows are cut by characters."""
+    texts = [Document(d.name, d.text[: 3 * CHECKED_LENGTH]) for d in context.heldout if len(d.text) > 3 * CHECKED_LENGTH]
+    tokenizer = encoder(model.tokenizer)
+    nats = weight = 0.0
+    for document in texts[:CHECKED_WINDOWS]:
+        ids = tokenizer.encode(document.text, add_special_tokens=False).ids
+        walk = Walk(model, torch.tensor([ids]), context.device, context.dtype)
+        variant = dense_variant(model.spec)
+        for group in walk.readouts(walk.run([variant])):
+            readout = group[variant]
+            nats -= float(readout.log_probs.gather(-1, readout.targets[:, None]).sum())
+        weight += len(document.text.encode()) - len(tokenizer.decode(ids[:1]).encode())
+    return round(nats / log(2) / max(1.0, weight), 5)
+
+
+def _context(
+    model: CausalLM, target: Target | None, calibration: Calibration, device: str, seed: int
+) -> Context:
+    torch.manual_seed(seed)
+    place = torch.device(device)
+    return Context(
+        calibration=calibration,
+        documents=corpus.load(calibration.corpus, "calibration"),
+        heldout=corpus.load(calibration.corpus, "heldout"),
+        target_parameters=round(model.spec.num_parameters * target.params) if target else None,
+        device=place,
+        dtype=compute_dtype(place),
+        seed=seed,
+    )
+
+
+

@@ -1,0 +1,117 @@
+"""What a stage is: it makes a plan that can be printed, and applies a plan exactly.
+
+Nothing is cut while a plan is made. A stage never cuts below the recipe's target: ``Context.spare`` says how many
+parameters may still go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from flabc.errors import CorpusError
+
+from .config import Calibration, Config
+from .data.corpus import Document
+from .model import CausalLM, TokenizerFiles
+
+C = TypeVar("C", bound=Config)
+P = TypeVar("P", bound="Plan")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stage is going to do.
+
+    Args:
+        summary: one line for a person.
+        details: the same and more for the receipt; plain data.
+    """
+
+    summary: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage may use.
+
+    Args:
+        calibration: how much text to listen to.
+        documents: calibration text.
+        heldout: text that is never calibrated on.
+        target_parameters: parameters to be left at the end, or None if no target is set.
+        device: where to compute.
+        dtype: in which precision to compute.
+        seed: what picks the sequences.
+    """
+
+    calibration: Calibration
+    documents: Sequence[Document]
+    heldout: Sequence[Document]
+    target_parameters: int | None
+    device: torch.device
+    dtype: torch.dtype
+    seed: int
+
+    def spare(self, model: CausalLM) -> int:
+        """How many parameters may still be removed; all of them without a target."""
+        return model.spec.num_parameters - (self.target_parameters or 0)
+
+    def tokens(self, model: CausalLM) -> Tensor:
+        """The calibration sequences in the model's present tokens, (N, T)."""
+        return sequences(
+            encoder(model.tokenizer),
+            self.documents,
+            self.calibration.sequences,
+            self.calibration.sequence_length,
+            self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class Stage(Generic[C, P]):
+    """A stage: two functions. ``apply`` does what the plan says and checks its own result."""
+
+    plan: Callable[[CausalLM, C, Context], P]
+    apply: Callable[[CausalLM, P], CausalLM]
+
+
+def encoder(files: TokenizerFiles) -> Tokenizer:
+    """The tokenizer as a ``tokenizers.Tokenizer``."""
+    import json
+
+    return Tokenizer.from_str(json.dumps(files.tokenizer))
+
+
+def sequences(tokenizer: Tokenizer, documents: Sequence[Document], count: int, length: int, seed: int) -> Tensor:
+    """``count`` windows of ``length`` tokens, each from one document, the documents drawn by their size.
+
+    Raises:
+        CorpusError: if no document is that long.
+    """
+    rng = np.random.default_rng(seed)
+    # A token is at least one byte, so shorter documents cannot fill a window.
+    long_enough = [document for document in documents if len(document.text) >= length]
+    sizes = np.array([len(document.text) for document in long_enough], dtype=float)
+    windows: list[list[int]] = []
+    order = rng.choice(len(sizes), size=len(sizes), replace=False, p=sizes / sizes.sum()) if len(sizes) else []
+    for index in order:
+        ids = tokenizer.encode(long_enough[index].text, add_special_tokens=False).ids
+        if len(ids) >= length:
+            start = int(rng.integers(0, len(ids) - length + 1))
+            windows.append(ids[start : start + length])
+        if len(windows) == count:
+            return torch.tensor(windows)
+    raise CorpusError(
+        f"The calibration text has {len(windows)} documents of {length} tokens or more.",
+        expected=f"{count}",
+        fix="Give more text, or lower calibration.sequences or calibration.sequence_length.",
+    )

@@ -1,0 +1,225 @@
+"""The vocabulary stage: keep the tokens that the corpus needs, and all that the tokenizer needs to make them.
+
+Flab-Pruner (Fang et al., 2024) keeps the tokens that were seen; here the set is also closed under derivation, so
+that every kept token can still be produced (see ``bpe``), and ids keep their order.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from flabc.console import track
+from flabc.errors import StageError
+
+from .bpe import BytePairs
+from .config import VocabConfig
+from .data.corpus import Document
+from .model import CausalLM, TokenizerFiles, cut_vocab
+from .stage import Context, Plan, Stage, encoder
+
+#: Documents tokenised at once.
+BATCH = 64
+
+#: Config keys that hold token ids: an id, a list of ids, or lists of them.
+_ID_KEY = re.compile(r"(_token_ids?|suppress_tokens|bad_words_ids|forced_decoder_ids)$")
+
+
+@dataclass(frozen=True)
+class VocabPlan(Plan):
+    """Which old ids are kept, ascending: position in the tuple is the new id."""
+
+    keep: tuple[int, ...] = ()
+
+
+def plan(model: CausalLM, config: VocabConfig, context: Context) -> VocabPlan:
+    """Choose the rows to keep.
+
+    Raises:
+        StageError: if the tokenizer is not a byte-level BPE, or ``max_size`` is less than what must stay.
+    """
+    pairs = BytePairs.of(model.tokenizer.tokenizer)
+    tokenizer = encoder(model.tokenizer)
+    counts = count_tokens(tokenizer, context.documents, model.spec.vocab_size)
+    fixed = pairs.closure(must_keep(model, tokenizer) | pairs.symbols)
+    kept = pairs.closure(frequent(counts, config.coverage)) | fixed
+    size = _rows(len(kept), model, config, context)
+    if size < len(kept):
+        kept = pairs.shrink(kept, fixed, dict(enumerate(counts.tolist())), size)
+    elif size > len(kept):
+        kept = pairs.grow(kept, size)
+    keep = tuple(sorted(kept))
+    inflation = _inflation(tokenizer, model.tokenizer, keep, context.heldout)
+    summary = f"vocab: keep {len(keep):,} of {model.spec.vocab_size:,} tokens; held-out text grows by {inflation - 1:.2%}"
+    details = {
+        "rows": len(keep),
+        "rows_before": model.spec.vocab_size,
+        "seen_in_corpus": int((counts > 0).sum()),
+        "heldout_token_inflation": round(inflation, 5),
+    }
+    return VocabPlan(summary, details, keep)
+
+
+def apply(model: CausalLM, plan: VocabPlan) -> CausalLM:
+    """Cut the rows and remap every id that the model's files mention."""
+    new_ids = {old: new for new, old in enumerate(plan.keep)}
+    cut = cut_vocab(model, plan.keep)
+    return replace(
+        cut,
+        tokenizer=remap_tokenizer(model.tokenizer, plan.keep),
+        config=remap_ids(cut.config, new_ids),
+        generation_config=remap_ids(cut.generation_config, new_ids),
+    )
+
+
+VOCAB: Stage[VocabConfig, VocabPlan] = Stage(plan, apply)
+
+
+def count_tokens(tokenizer: Tokenizer, documents: Sequence[Document], size: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """How often each id occurs in the documents, (V,)."""
+    counts = np.zeros(size, dtype=np.int64)
+    batches = [documents[start : start + BATCH] for start in range(0, len(documents), BATCH)]
+    for batch in track(batches, "counting tokens", len(batches)):
+        for encoding in tokenizer.encode_batch_fast([d.text for d in batch], add_special_tokens=False):
+            counts += np.bincount(encoding.ids, minlength=size)
+    return counts
+
+
+def frequent(counts: np.ndarray[Any, np.dtype[np.int64]], coverage: float) -> set[int]:
+    """The most frequent ids that together make up ``coverage`` of all occurrences."""
+    order = np.argsort(-counts, kind="stable")
+    order = order[counts[order] > 0]
+    reached = np.cumsum(counts[order]) >= coverage * counts.sum()
+    cut = int(np.argmax(reached)) + 1 if reached.any() else len(order)
+    return {int(index) for index in order[:cut]}
+
+
+def must_keep(model: CausalLM, tokenizer: Tokenizer) -> set[int]:
+    """Ids that stay whatever the corpus says: special and added tokens, ids in configs, the chat template's words."""
+    keep = {entry["id"] for entry in model.tokenizer.tokenizer.get("added_tokens", [])}
+    for config in (model.config, model.generation_config):
+        keep |= {index for key, value in config.items() if _ID_KEY.search(key) for index in _flat(value)}
+    unknown = model.tokenizer.tokenizer["model"].get("unk_token")
+    if unknown is not None:
+        keep.add(tokenizer.token_to_id(unknown))
+    for text in template_texts(model.tokenizer):
+        keep |= set(tokenizer.encode(text, add_special_tokens=False).ids)
+    return {index for index in keep if 0 <= index < model.spec.vocab_size}
+
+
+def template_texts(files: TokenizerFiles) -> list[str]:
+    """What the chat template emits around short messages: with and without a system message, and with a tool."""
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    if files.chat_template is None:
+        return []
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}
+    special = {key: value for key, value in files.config.items() if key.endswith("_token")}
+    texts = []
+    for messages, tools in ((turns, None), ([{"role": "system", "content": "s"}, *turns], None), (turns, [tool])):
+        for prompt in (False, True):
+            try:
+                rendered, _ = render_jinja_template(
+                    [messages],
+                    tools=tools,
+                    chat_template=files.chat_template,
+                    add_generation_prompt=prompt,
+                    **special,
+                )
+            except TemplateError:  # a template may refuse a role: then it never emits it
+                continue
+            texts += rendered
+    return texts
+
+
+def remap_tokenizer(files: TokenizerFiles, keep: Sequence[int]) -> TokenizerFiles:
+    """The tokenizer over the kept ids: vocabulary, merges, added tokens and post-processor renumbered.
+
+    Args:
+        files: the dense model's tokenizer.
+        keep: the old ids kept, ascending; must be closed under derivation.
+    """
+    new_ids = {old: new for new, old in enumerate(keep)}
+    pairs = BytePairs.of(files.tokenizer)
+    content = copy.deepcopy(dict(files.tokenizer))
+    content["model"]["vocab"] = {
+        token: new_ids[old] for token, old in sorted(pairs.vocab.items(), key=lambda item: item[1]) if old in new_ids
+    }
+    content["model"]["merges"] = [list(pair) for pair in pairs.surviving_merges(set(keep))]
+    for entry in content.get("added_tokens", []):
+        entry["id"] = new_ids[entry["id"]]
+    _remap_post_processor(content.get("post_processor"), new_ids)
+    config = dict(files.config)
+    if "added_tokens_decoder" in config:  # written by transformers 4
+        decoder = config["added_tokens_decoder"]
+        config["added_tokens_decoder"] = {str(new_ids[int(old)]): entry for old, entry in decoder.items()}
+    return replace(files, tokenizer=content, config=config)
+
+
+def remap_ids(config: Mapping[str, Any], new_ids: Mapping[int, int]) -> dict[str, Any]:
+    """The config with every token id in it replaced."""
+    return {key: _mapped(value, new_ids) if _ID_KEY.search(key) else value for key, value in config.items()}
+
+
+def _rows(needed: int, model: CausalLM, config: VocabConfig, context: Context) -> int:
+    """How many rows to keep: what is needed, within ``max_size`` and the target, as a multiple."""
+    per_row = model.spec.hidden_size * (1 if model.spec.tie_word_embeddings else 2)
+    rows = min(needed, config.max_size or needed)
+    rows = max(rows, model.spec.vocab_size - context.spare(model) // per_row)
+    padded = -(-rows // config.multiple_of) * config.multiple_of
+    if config.max_size is not None and padded > config.max_size:
+        padded -= config.multiple_of
+    return max(1, min(padded, model.spec.vocab_size))
+
+
+def _inflation(
+    dense: Tokenizer, files: TokenizerFiles, keep: Sequence[int], documents: Sequence[Document]
+) -> float:
+    """Tokens of held-out text after over before; also proves that the new tokenizer gives every text back.
+
+    Raises:
+        StageError: if a text does not survive encoding and decoding that survived it before.
+    """
+    pruned = encoder(remap_tokenizer(files, keep))
+    before = after = 0
+    for document in track(documents, "checking the tokenizer", len(documents)):
+        old = dense.encode(document.text, add_special_tokens=False).ids
+        new = pruned.encode(document.text, add_special_tokens=False).ids
+        if pruned.decode(new) != dense.decode(old):
+            raise StageError(f"The pruned tokenizer does not give {document.name} back as it was.")
+        before, after = before + len(old), after + len(new)
+    return after / max(1, before)
+
+
+def _remap_post_processor(processor: dict[str, Any] | None, new_ids: Mapping[int, int]) -> None:
+    if processor is None:
+        return
+    for inner in processor.get("processors", []):
+        _remap_post_processor(inner, new_ids)
+    special = processor.get("special_tokens")
+    for entry in special.values() if isinstance(special, dict) else ():
+        entry["ids"] = [new_ids[old] for old in entry["ids"]]
+    for key in ("sep", "cls"):
+        if key in processor:
+            token, old = processor[key]
+            processor[key] = [token, new_ids[old]]
+
+
+def _flat(value: Any) -> Iterable[int]:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [value]
+    return [index for item in value for index in _flat(item)] if isinstance(value, list) else []
+
+
+def _mapped(value: Any, new_ids: Mapping[int, int]) -> Any:
+    if isinstance(value, list):
+        return [_mapped(item, new_ids) for item in value]
+    return new_ids.get(value, value) if isinstance(value, int) and not isinstance(value, bool) else value

@@ -1,0 +1,1 @@
+"""Everything that turns a checkpoint into an engine folder: graph, weights, proof."""

@@ -1,0 +1,82 @@
+"""From a checkpoint folder to the files of an engine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from flabc.console import progress
+from flabc.errors import UnknownNameError
+from flabc.spec import ModelSpec
+
+from .dialects.onnxruntime_contrib import OnnxRuntimeDialect
+from .genai_config import genai_config
+from .graph import Graph, build
+from .weights import CheckpointWeights
+
+#: What an engine folder takes over from the checkpoint as it is.
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "config.json",
+)
+
+#: The graph that serves, the one that scores every position, and the weights that both read.
+GRAPH, SCORING_GRAPH, DATA = "model.onnx", "score.onnx", "model.onnx.data"
+
+TARGETS = ("onnx",)
+PRECISIONS = ("fp32",)
+
+
+def write(checkpoint: Path, spec: ModelSpec, out: Path) -> None:
+    """Write graphs, weights, tokenizer and configs into ``out``.
+
+    Args:
+        checkpoint: a Hugging Face folder with safetensors.
+        spec: its shapes.
+        out: a folder that exists.
+
+    Raises:
+        ModelError: if a tensor is missing.
+    """
+    weights = CheckpointWeights(checkpoint, spec)
+    model = build(Graph(spec, weights), OnnxRuntimeDialect(spec))
+    total = len(model.graph.initializers)
+    with progress("writing weights", total) as advance:
+        ir.save(model, out / GRAPH, external_data=DATA, callback=lambda *_: advance(1))
+    stored = {name: value.const_value for name, value in ir.load(out / GRAPH).graph.initializers.items()}
+    external = {name: tensor for name, tensor in stored.items() if isinstance(tensor, ir.ExternalTensor)}
+    ir.save(build(Graph(spec, weights, external), OnnxRuntimeDialect(spec), scoring=True), out / SCORING_GRAPH)
+    for name in COPIED:
+        if (checkpoint / name).is_file():
+            shutil.copyfile(checkpoint / name, out / name)
+    generation = read_json(checkpoint / "generation_config.json") or read_json(checkpoint / "config.json")
+    write_json(out / "genai_config.json", genai_config(spec, generation))
+
+
+def check_choice(kind: str, value: str, known: tuple[str, ...]) -> None:
+    """Refuse a target or precision that this version cannot make.
+
+    Raises:
+        UnknownNameError: naming those it can.
+    """
+    if value not in known:
+        raise UnknownNameError(kind, value, known)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The content of a JSON file, or {} if there is none."""
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON as a person would like to read it."""
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,185 @@
+"""Parity: does the engine say what the reference says?
+
+The engine and the reference are handed in; this module only compares. Both answer prompts of several lengths, one
+by one and as a ragged batch, and are led step by step along the reference's own greedy path, so that one difference
+does not hide those behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from flabc.console import progress
+from flabc.errors import ParityError
+
+Ids = npt.NDArray[np.int64]
+Logits = npt.NDArray[np.float32]
+
+#: Tokens of the greedy continuation.
+STEPS = 64
+
+#: Prompt lengths, in tokens.
+LENGTHS = (1, 7, 33, 128)
+
+#: Largest difference allowed in float32, relative to the largest reference logit.
+FP32_TOLERANCE = 1e-4
+
+
+class Answers(Protocol):
+    """What is compared: a model with a cache. B sequences, S new tokens, V vocab_size."""
+
+    def start(self, batch: int) -> None:
+        """Begin ``batch`` new sequences."""
+        ...
+
+    def extend(self, ids: Ids, counts: Ids) -> Logits:
+        """Append (B, S) ids, of which ``counts`` (B,) are real; logits after the last, (B, V)."""
+        ...
+
+    def score(self, ids: Ids) -> Logits:
+        """Logits at every position, (B, S, V)."""
+        ...
+
+
+@dataclass
+class Parity:
+    """How far two models are apart.
+
+    Args:
+        positions: logit vectors compared.
+        max_relative: the largest absolute difference over the largest absolute reference logit.
+        mean_absolute: the mean absolute difference.
+        kl: the mean KL(reference || engine) in nats.
+        top1_agreement: the share of positions with the same most likely token.
+        greedy_steps: steps of the greedy continuation compared.
+        greedy_mismatches: steps at which the tokens differ although the reference was sure: its two best logits
+            are further apart than rounding.
+        tolerance: the bound on ``max_relative``.
+    """
+
+    positions: int = 0
+    max_relative: float = 0.0
+    mean_absolute: float = 0.0
+    kl: float = 0.0
+    top1_agreement: float = 0.0
+    greedy_steps: int = 0
+    greedy_mismatches: int = 0
+    tolerance: float = FP32_TOLERANCE
+
+    @property
+    def holds(self) -> bool:
+        """Whether the engine may ship."""
+        return self.max_relative <= self.tolerance and self.greedy_mismatches == 0
+
+    def receipt(self) -> dict[str, Any]:
+        """Plain data, for the manifest."""
+        return {key: float(f"{value:.4g}") for key, value in asdict(self).items()} | {"holds": self.holds}
+
+
+def check(engine: Answers, reference: Answers, text_ids: Sequence[int], *, max_batch: int) -> Parity:
+    """Compare an engine with its reference.
+
+    Args:
+        engine: what was exported.
+        reference: what it was exported from.
+        text_ids: token ids of real text, at least ``sum(LENGTHS)`` of them: prompts are cut from it.
+        max_batch: sequences that both can hold at once.
+
+    Raises:
+        ParityError: if the engine is out of bounds; the message has the figures.
+    """
+    prompts, at = [], 0
+    for length in LENGTHS:
+        prompts.append(np.array([text_ids[at : at + length]], np.int64))
+        at += length
+    pairs: list[tuple[Logits, Logits]] = []
+    with progress("comparing the engine with torch", 2 * len(prompts) + 2) as advance:
+        for prompt in prompts:
+            pairs.append((reference.score(prompt)[0], engine.score(prompt)[0]))
+            advance(1)
+            pairs.append(_one(engine, reference, prompt))
+            advance(1)
+        pairs += _ragged(engine, reference, prompts[:max_batch])
+        advance(1)
+        steps = _greedy(engine, reference, prompts[2])
+        advance(1)
+    parity = _measure([*pairs, *steps])
+    parity.greedy_steps = len(steps)
+    parity.greedy_mismatches = sum(_differ(a[0], b[0], parity.tolerance) for a, b in steps)
+    if not parity.holds:
+        raise ParityError(
+            "The engine does not say what the model says.",
+            expected=f"logits within {parity.tolerance:g} of the reference, and the same greedy tokens",
+            found=f"a difference of {parity.max_relative:.3g}, {parity.greedy_mismatches} of {len(steps)} tokens differ",
+            fix="No folder was written. This is a fault in flabc or ONNX Runtime: please report it.",
+        )
+    return parity
+
+
+def _one(engine: Answers, reference: Answers, prompt: Ids) -> tuple[Logits, Logits]:
+    """One prompt, prefill only."""
+    counts = np.array([prompt.shape[1]])
+    return _both(engine, reference, 1, prompt, counts)
+
+
+def _both(
+    engine: Answers, reference: Answers, batch: int | None, ids: Ids, counts: Ids
+) -> tuple[Logits, Logits]:
+    if batch is not None:
+        reference.start(batch)
+        engine.start(batch)
+    return reference.extend(ids, counts), engine.extend(ids, counts)
+
+
+def _ragged(engine: Answers, reference: Answers, prompts: Sequence[Ids]) -> list[tuple[Logits, Logits]]:
+    """All prompts as one batch padded behind, then four steps with the cache."""
+    counts = np.array([prompt.shape[1] for prompt in prompts])
+    ids = np.zeros((len(prompts), int(counts.max())), np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, : prompt.shape[1]] = prompt[0]
+    pairs = [_both(engine, reference, len(prompts), ids, counts)]
+    for _ in range(4):
+        chosen = pairs[-1][0].argmax(-1)[:, None]
+        pairs.append(_both(engine, reference, None, chosen, np.ones(len(prompts), np.int64)))
+    return pairs
+
+
+def _greedy(engine: Answers, reference: Answers, prompt: Ids) -> list[tuple[Logits, Logits]]:
+    """Both led along the reference's greedy path."""
+    pairs = [_one(engine, reference, prompt)]
+    for _ in range(STEPS - 1):
+        chosen = pairs[-1][0].argmax(-1)[:, None]
+        pairs.append(_both(engine, reference, None, chosen, np.array([1])))
+    return pairs
+
+
+def _measure(pairs: Sequence[tuple[Logits, Logits]]) -> Parity:
+    expected = np.concatenate([a for a, _ in pairs]).astype(np.float64)  # (n, V)
+    found = np.concatenate([b for _, b in pairs]).astype(np.float64)
+    difference = np.abs(expected - found)
+    p, q = _log_softmax(expected), _log_softmax(found)
+    return Parity(
+        positions=len(expected),
+        max_relative=float(np.nan_to_num(difference, nan=np.inf).max() / np.abs(expected).max()),
+        mean_absolute=float(difference.mean()),
+        kl=float((np.exp(p) * (p - q)).sum(-1).mean()),
+        top1_agreement=float((expected.argmax(-1) == found.argmax(-1)).mean()),
+    )
+
+
+def _differ(expected: Logits, found: Logits, tolerance: float) -> bool:
+    """Whether the most likely tokens differ and the reference's lead is more than rounding."""
+    best, chosen = int(expected.argmax()), int(found.argmax())
+    lead = float(expected[best] - expected[chosen])
+    return best != chosen and lead > tolerance * float(np.abs(expected).max())
+
+
+def _log_softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    shifted = logits - logits.max(-1, keepdims=True)
+    result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result

@@ -1,0 +1,1 @@
+"""Statistics, reports and the scripts behind every figure in the README."""

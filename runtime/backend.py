@@ -1,0 +1,93 @@
+"""Backend: what runs a model over a batch, with its own KV cache.
+
+One file per backend under ``backends/``; to add one, write it and list it in ``BACKENDS``.
+
+Letters in shape comments: B sequences, S new tokens, V vocab_size.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from flabc.errors import UnknownNameError
+from flabc.spec import ModelSpec
+
+Ids = npt.NDArray[np.int64]
+Logits = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a backend may hold.
+
+    Args:
+        max_batch: sequences at once.
+        max_length: tokens of one sequence, prompt and answer together.
+        threads: threads for the computation; None leaves the choice to the backend.
+        provider: where to run: ``auto``, ``cpu`` or ``cuda``.
+    """
+
+    max_batch: int = 1
+    max_length: int = 2048
+    threads: int | None = None
+    provider: str = "auto"
+
+
+class Backend(Protocol):
+    """A model with a KV cache for a batch of sequences."""
+
+    name: str
+    spec: ModelSpec
+    limits: Limits
+
+    def start(self, batch: int) -> None:
+        """Forget all sequences and begin ``batch`` new ones."""
+        ...
+
+    def extend(self, ids: Ids, counts: Ids) -> Logits:
+        """Append tokens to every sequence and say what comes next.
+
+        Args:
+            ids: (B, S); row b's first ``counts[b]`` tokens are real, the rest is padding.
+            counts: (B,), between 1 and S.
+
+        Returns:
+            logits after each row's last real token, (B, V).
+
+        Raises:
+            EngineError: if the sequences would grow longer than ``limits.max_length``.
+        """
+        ...
+
+    def score(self, ids: Ids) -> Logits:
+        """Logits at every position of fresh sequences, (B, S, V); leaves the cache alone."""
+        ...
+
+
+#: The backends by name, as ``module:function``; the function takes a folder, its spec and limits.
+BACKENDS = {
+    "onnxruntime": "flabc.runtime.backends.ort:open_backend",
+    "torch": "flabc.runtime.backends.reference:open_backend",
+}
+
+
+def open_backend(name: str, folder: Path, spec: ModelSpec, limits: Limits) -> Backend:
+    """Open a folder with the backend of that name.
+
+    Raises:
+        UnknownNameError: if no backend has the name.
+        MissingExtraError: if what it needs is not installed.
+        EngineError: if the folder cannot be run.
+    """
+    if name not in BACKENDS:
+        raise UnknownNameError("backend", name, BACKENDS)
+    module, function = BACKENDS[name].split(":")
+    opened: Any = getattr(importlib.import_module(module), function)(folder, spec, limits)
+    backend: Backend = opened
+    return backend

@@ -1,0 +1,1 @@
+"""One file per backend; ``flabc.runtime.backend.BACKENDS`` lists them."""

@@ -1,0 +1,133 @@
+"""ONNX Runtime: engine folders, with one KV buffer per layer that is read and extended in place."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flabc.errors import EngineError, UnknownNameError, require
+from flabc.runtime.backend import Ids, Limits, Logits
+from flabc.spec import ModelSpec
+
+#: What ``--provider`` can say, and what ONNX Runtime calls it.
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+#: The graph that serves, and the one that gives logits at every position, on the same weights.
+GRAPH, SCORING_GRAPH = "model.onnx", "score.onnx"
+
+
+def open_backend(folder: Path, spec: ModelSpec, limits: Limits) -> OrtBackend:
+    """Open an engine folder.
+
+    Raises:
+        MissingExtraError: if onnxruntime is not installed.
+        EngineError: if ONNX Runtime refuses the graph or does not have the provider asked for.
+    """
+    return OrtBackend(folder, spec, limits)
+
+
+class OrtBackend:
+    """An engine in ONNX Runtime. See ``Backend`` for the contract."""
+
+    name = "onnxruntime"
+
+    def __init__(self, folder: Path, spec: ModelSpec, limits: Limits) -> None:
+        self.spec = spec
+        self.limits = limits
+        self._ort = require("onnxruntime", "cpu")
+        self._folder = folder
+        self._session = self._open(GRAPH)
+        # One buffer per layer and kind for the longest sequence: bound as past and as present, so that
+        # GroupQueryAttention appends in place instead of copying the whole cache at every token.
+        self._cache = {
+            f"{layer}.{kind}": np.zeros(
+                (limits.max_batch, shape.num_key_value_heads, limits.max_length, spec.head_dim), np.float32
+            )
+            for layer, shape in enumerate(spec.layers)
+            if shape.has_attention
+            for kind in ("key", "value")
+        }
+        self._lengths = np.zeros(0, np.int64)
+
+    @cached_property
+    def _scorer(self) -> Any:
+        return self._open(SCORING_GRAPH)
+
+    def start(self, batch: int) -> None:
+        """Forget all sequences and begin ``batch`` new ones."""
+        if batch > self.limits.max_batch:
+            raise EngineError(f"A batch of {batch} was asked for.", expected=f"at most {self.limits.max_batch}")
+        self._lengths = np.zeros(batch, np.int64)
+        self._binding = self._session.io_binding()
+        for name, buffer in self._cache.items():
+            value = self._ort.OrtValue.ortvalue_from_numpy(buffer[:batch])
+            self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            self._binding.bind_ortvalue_output(f"present.{name}", value)
+        self._binding.bind_output("logits", "cpu")
+
+    def extend(self, ids: Ids, counts: Ids) -> Logits:
+        """Append tokens to every sequence; (B, S) and (B,) in, (B, V) out."""
+        if self._lengths.any() and ids.shape[1] > 1 and len(ids) > 1:
+            raise EngineError("ONNX Runtime extends a running batch by one token at a time.", found=str(ids.shape))
+        lengths = self._lengths + counts
+        longest = int(lengths.max())
+        if longest > self.limits.max_length:
+            raise EngineError(
+                f"The sequence would grow to {longest} tokens.",
+                expected=f"at most {self.limits.max_length}",
+                fix="Open the engine with a larger --max-length.",
+            )
+        mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)  # (B, total)
+        self._binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids))
+        self._binding.bind_cpu_input("attention_mask", mask)
+        self._session.run_with_iobinding(self._binding)
+        self._lengths = lengths
+        logits: Logits = self._binding.get_outputs()[self._logits_at].numpy()
+        return logits[:, -1].copy()  # the next run writes to the same memory
+
+    def score(self, ids: Ids) -> Logits:
+        """Logits at every position of fresh sequences, (B, S, V)."""
+        feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        for layer, shape in enumerate(self.spec.layers):
+            empty = np.zeros((len(ids), shape.num_key_value_heads, 0, self.spec.head_dim), np.float32)
+            kinds = ("key", "value") if shape.has_attention else ()
+            feeds |= {f"past_key_values.{layer}.{kind}": empty for kind in kinds}
+        (logits,) = self._scorer.run(["logits"], feeds)
+        scores: Logits = logits
+        return scores
+
+    @cached_property
+    def _logits_at(self) -> int:
+        """Where the binding lists the logits: it orders outputs as they were bound."""
+        return len(self._cache)
+
+    def _open(self, graph: str) -> Any:
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 3
+        if self.limits.threads is not None:
+            options.intra_op_num_threads = self.limits.threads
+        file = self._folder / graph
+        try:
+            return self._ort.InferenceSession(str(file), options, providers=self._providers())
+        except Exception as error:  # onnxruntime's exceptions share no public root
+            raise EngineError(f"ONNX Runtime cannot open {file}: {error}") from error
+
+    def _providers(self) -> list[str]:
+        """The execution providers to ask for; never fewer than the caller asked for."""
+        available = self._ort.get_available_providers()
+        if self.limits.provider == "auto":
+            return [PROVIDERS["cpu"]]
+        if self.limits.provider not in PROVIDERS:
+            raise UnknownNameError("provider", self.limits.provider, ["auto", *PROVIDERS])
+        wanted = PROVIDERS[self.limits.provider]
+        if wanted not in available:
+            raise EngineError(
+                f"This ONNX Runtime has no {wanted}.",
+                expected=wanted,
+                found=", ".join(available),
+                fix="Run flabc doctor to see what this machine can do.",
+            )
+        return [wanted]

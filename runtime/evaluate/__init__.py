@@ -1,0 +1,1 @@
+"""Quality, measured through the engine that will serve."""

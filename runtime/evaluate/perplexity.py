@@ -1,0 +1,102 @@
+"""How well a model predicts text: perplexity and bits per byte, over strided windows.
+
+A pruned vocabulary cuts text into other tokens, so perplexity per token does not compare across models. Bits per
+byte does; so does perplexity when both are divided by one model's token count (``Perplexity.per``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import exp, log
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from flabc.console import progress
+from flabc.errors import CorpusError
+from flabc.runtime.backend import Backend, Logits
+from flabc.runtime.text import TextCodec
+
+#: Tokens that a window holds, and how many of them are new in each window after the first. The model's own
+#: limit applies if it is shorter.
+WINDOW, STRIDE = 1024, 512
+
+
+class Perplexity(BaseModel):
+    """The outcome: sums, from which every figure follows.
+
+    Args:
+        nll_nats: negative log-likelihood of the whole text.
+        tokens: tokens scored.
+        bytes: UTF-8 bytes of the text.
+        documents: texts scored.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    nll_nats: float
+    tokens: int
+    bytes: int
+    documents: int
+
+    @property
+    def perplexity(self) -> float:
+        """Per token of the model's own tokenizer."""
+        return exp(self.nll_nats / self.tokens)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Independent of any tokenizer."""
+        return self.nll_nats / log(2) / self.bytes
+
+    def per(self, tokens: int) -> float:
+        """Perplexity as if the text had that many tokens: the same count for two models makes them comparable."""
+        return exp(self.nll_nats / tokens)
+
+
+def perplexity(backend: Backend, codec: TextCodec, texts: Sequence[str]) -> Perplexity:
+    """Score texts, every token of each.
+
+    A document begins after the model's beginning-of-sequence token (the end-of-sequence token where there is
+    none), as in lm-evaluation-harness, so that its first token is scored too.
+
+    Raises:
+        CorpusError: if there is no text.
+    """
+    if not any(texts):
+        raise CorpusError("There is no text to score.")
+    nll, tokens = 0.0, 0
+    with progress("scoring held-out text", len(texts)) as advance:
+        for text in texts:
+            ids = codec.encode_plain(text)
+            if codec.prefix_id is not None:
+                ids = [codec.prefix_id, *ids]
+            for window, new in windows(len(ids), min(WINDOW, backend.spec.max_position_embeddings), STRIDE):
+                part = np.array([ids[window]], np.int64)
+                nll += float(token_nll(backend.score(part)[0], part[0])[-new:].sum())
+                tokens += new
+            advance(1)
+    size = sum(len(text.encode()) for text in texts)
+    return Perplexity(nll_nats=nll, tokens=tokens, bytes=size, documents=len(texts))
+
+
+def windows(length: int, window: int, stride: int) -> Iterator[tuple[slice, int]]:
+    """Windows over ``length`` tokens, and how many predictions at the end of each are new.
+
+    Every token but the first is predicted exactly once; all but the first window give ``window - stride`` tokens of
+    context.
+    """
+    done = 1  # the first token has nothing before it
+    end = min(window, length)
+    while done < length:
+        yield slice(max(0, end - window), end), end - done
+        done, end = end, min(end + stride, length)
+
+
+def token_nll(logits: Logits, ids: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    """Negative log-likelihood in nats of tokens 1.. given those before, (S, V) and (S,) in, (S - 1,) out."""
+    before = logits[:-1]
+    peak = before.max(-1)
+    total = np.log(np.exp(before - peak[:, None]).sum(-1)) + peak
+    chosen: np.ndarray = before[np.arange(len(before)), ids[1:]]  # type: ignore[type-arg]
+    return total - chosen

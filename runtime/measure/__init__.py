@@ -1,0 +1,1 @@
+"""Measuring engines: separate processes, warm-up, raw samples kept."""

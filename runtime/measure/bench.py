@@ -1,0 +1,139 @@
+"""Two engines side by side: each in its own process, runs interleaved so that the machine's drift cancels."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from flabc.console import progress
+from flabc.errors import EngineError
+from flabc.runtime.evaluate.perplexity import Perplexity
+from flabc.spec import ModelSpec
+
+from .environment import environment
+from .result import BenchResult, Sample, Side, Workload
+
+#: Warm-up ends when a run is within this share of the one before, or after this many runs.
+STEADY, MAX_WARMUPS = 0.1, 6
+
+
+class Process:
+    """A worker process and the engine it holds."""
+
+    def __init__(self, folder: Path, workload: Workload) -> None:
+        command = [sys.executable, "-m", "flabc.runtime.measure.worker"]
+        self._pipe = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.folder = folder
+        length = workload.prompt_tokens + workload.output_tokens
+        self.description = self.call("open", folder=str(folder), max_length=length, threads=workload.threads)
+
+    def call(self, name: str, **arguments: Any) -> dict[str, Any]:
+        """Ask the worker for something.
+
+        Raises:
+            EngineError: with the worker's own words, or if it died.
+        """
+        assert self._pipe.stdin is not None
+        assert self._pipe.stdout is not None
+        try:
+            self._pipe.stdin.write(json.dumps({"call": name, "arguments": arguments}) + "\n")
+            self._pipe.stdin.flush()
+            line = self._pipe.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise EngineError(f"The process that measures {self.folder} died.", found=f"exit code {self._pipe.wait()}")
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            raise EngineError(f"{self.folder}: {reply['error']}")
+        return reply
+
+    def run(self, text: str, workload: Workload) -> Sample:
+        """One timed run."""
+        reply = self.call(
+            "generate", text=text, prompt_tokens=workload.prompt_tokens, output_tokens=workload.output_tokens
+        )
+        return Sample.model_validate(reply)
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._pipe.stdin is not None
+        assert self._pipe.stdout is not None
+        self._pipe.stdin.close()
+        self._pipe.wait()
+        self._pipe.stdout.close()
+
+
+def bench(
+    candidate: Path, baseline: Path, workload: Workload, prompts: Sequence[str], heldout: Sequence[str]
+) -> BenchResult:
+    """Measure two engines.
+
+    Args:
+        candidate: the engine in question.
+        baseline: what it is compared with.
+        workload: what each run does.
+        prompts: texts long enough for a prompt each; run i of both sides takes the same one.
+        heldout: texts for perplexity; may be empty.
+
+    Raises:
+        EngineError: if an engine cannot be opened, dies, or does not produce the tokens it should.
+    """
+    machine = environment()
+    with _opened(baseline, workload) as a, _opened(candidate, workload) as b:
+        warmups = {side: _warm_up(side, prompts[0], workload) for side in (a, b)}
+        samples: dict[Process, list[Sample]] = {a: [], b: []}
+        with progress("measuring", 4 * workload.rounds) as advance:
+            for turn in range(workload.rounds):
+                # ABBA: whatever drifts steadily hits both sides alike.
+                for side in (a, b, b, a):
+                    samples[side].append(side.run(prompts[turn % len(prompts)], workload))
+                    advance(1)
+        sides = [_side(side, samples[side], warmups[side], heldout) for side in (a, b)]
+    return BenchResult(
+        created=datetime.now(UTC).replace(microsecond=0),
+        environment=machine,
+        workload=workload,
+        baseline=sides[0],
+        candidate=sides[1],
+    )
+
+
+def _side(process: Process, samples: Sequence[Sample], warmups: int, heldout: Sequence[str]) -> Side:
+    memory = process.call("memory")  # before scoring, which needs more than serving does
+    return Side(
+        engine=str(process.folder),
+        spec=ModelSpec.model_validate(process.description["spec"]),
+        bytes_on_disk=sum(file.stat().st_size for file in process.folder.rglob("*") if file.is_file()),
+        load_ms=process.description["load_ms"],
+        peak_rss_mib=memory["peak_rss_mib"],
+        warmup_runs=warmups,
+        samples=tuple(samples),
+        perplexity=Perplexity.model_validate(process.call("score", texts=list(heldout))) if heldout else None,
+    )
+
+
+def _warm_up(process: Process, prompt: str, workload: Workload) -> int:
+    """Run until two runs in a row take about as long; how many it took."""
+    before = process.run(prompt, workload).total_ms
+    for count in range(2, MAX_WARMUPS + 1):
+        now = process.run(prompt, workload).total_ms
+        if abs(now - before) <= STEADY * before:
+            return count
+        before = now
+    return MAX_WARMUPS
+
+
+@contextmanager
+def _opened(folder: Path, workload: Workload) -> Iterator[Process]:
+    process = Process(folder, workload)
+    try:
+        yield process
+    finally:
+        process.close()

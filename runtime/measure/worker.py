@@ -1,0 +1,78 @@
+"""A process that holds one engine and does what it is told, one JSON line in, one out.
+
+``python -m flabc.runtime.measure.worker``: each side of a comparison gets its own, so that neither pays for the
+other's memory or start-up.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from flabc.errors import EngineError, FlabcError
+from flabc.runtime.backend import Limits
+from flabc.runtime.evaluate.perplexity import perplexity
+from flabc.runtime.sampling import SamplingParams
+from flabc.runtime.session import Session
+
+
+class Worker:
+    """Answers requests about one engine."""
+
+    def __init__(self, folder: str, max_length: int, threads: int | None) -> None:
+        started = time.perf_counter()
+        self.session = Session.open(folder, limits=Limits(max_length=max_length, threads=threads))
+        self.load_ms = 1000 * (time.perf_counter() - started)
+
+    def describe(self) -> dict[str, Any]:
+        """The engine's spec and what opening it took."""
+        return {"spec": self.session.spec.model_dump(), "load_ms": self.load_ms}
+
+    def generate(self, text: str, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
+        """One run on the first ``prompt_tokens`` tokens of a text, timed token by token."""
+        ids = self.session.codec.encode_plain(text)[:prompt_tokens]
+        if len(ids) < prompt_tokens:
+            raise EngineError("The text for the prompt is too short.", expected=f"{prompt_tokens} tokens", found=str(len(ids)))
+        params = SamplingParams(max_tokens=output_tokens, ignore_eos=True)
+        marks = [time.perf_counter()]
+        for _ in self.session.tokens(ids, params):
+            marks.append(time.perf_counter())
+        # The contract of the workload: a run that stopped early must not look fast.
+        if len(marks) != output_tokens + 1:
+            raise EngineError("The run produced too few tokens.", expected=str(output_tokens), found=str(len(marks) - 1))
+        gaps = [1000 * (b - a) for a, b in zip(marks, marks[1:], strict=False)]
+        return {"ttft_ms": gaps[0], "token_ms": gaps[1:]}
+
+    def memory(self) -> dict[str, Any]:
+        """The most memory this process has held so far."""
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+        return {"peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20}
+
+    def score(self, texts: list[str]) -> dict[str, Any]:
+        """Perplexity on texts."""
+        return perplexity(self.session.backend, self.session.codec, texts).model_dump()
+
+
+def main() -> None:
+    """Serve requests from stdin until it closes. The first opens the engine."""
+    worker: Worker | None = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            if worker is None:
+                worker = Worker(**request["arguments"])
+                reply = worker.describe()
+            else:
+                method: Callable[..., dict[str, Any]] = getattr(worker, request["call"])
+                reply = method(**request["arguments"])
+        except FlabcError as error:
+            reply = {"error": str(error)}
+        print(json.dumps(reply), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Text in and out: tokenizer, chat template, stop texts, streaming of whole characters only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from flabc.errors import EngineError
+
+Message = dict[str, str]
+
+
+class TextCodec:
+    """A model folder's tokenizer, chat template and special tokens."""
+
+    def __init__(self, folder: Path) -> None:
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise EngineError(f"{folder} has no tokenizer.json.")
+        self.tokenizer = Tokenizer.from_file(str(file))
+        self._config = _read_json(folder / "tokenizer_config.json")
+        generation = _read_json(folder / "generation_config.json") or _read_json(folder / "config.json")
+        self.eos_ids = frozenset(_ids(generation.get("eos_token_id")))
+        bos = _ids(generation.get("bos_token_id"))
+        #: What stands before a text whose every token is to be scored (as lm-evaluation-harness has it).
+        self.prefix_id: int | None = next(iter([*bos, *sorted(self.eos_ids)]), None)
+        template = folder / "chat_template.jinja"
+        self.chat_template = template.read_text(encoding="utf-8") if template.is_file() else None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with what the tokenizer adds around it."""
+        ids: list[int] = self.tokenizer.encode(text).ids
+        return ids
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of a text and nothing else."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def pieces(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of a stream of ids as it becomes certain: never half a character."""
+        stream = DecodeStream(skip_special_tokens=True)
+        for index in ids:
+            piece = stream.step(self.tokenizer, index)
+            yield piece or ""
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """The prompt that the model's chat template makes of messages, in Jinja's sandbox.
+
+        Raises:
+            EngineError: if the model has no chat template, or the template refuses the messages.
+        """
+        from jinja2 import TemplateError
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        if self.chat_template is None:
+            raise EngineError("The model has no chat template.", fix="Give it a plain prompt.")
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.filters["tojson"] = _tojson
+        special = {key: _content(value) for key, value in self._config.items() if key.endswith("_token")}
+        try:
+            template = environment.from_string(self.chat_template)
+            return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **special)
+        except TemplateError as error:
+            raise EngineError(f"The chat template refuses the messages: {error}") from error
+
+
+def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """Pass text on until a stop text appears; text that may be the beginning of one is held back.
+
+    Yields:
+        a piece of text, and whether the answer ends with it.
+    """
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = [at for at in (held.find(text) for text in stop if text) if at >= 0]
+        if found:
+            yield held[: min(found)], True
+            return
+        keep = max((_overlap(held, text) for text in stop), default=0)
+        yield held[: len(held) - keep], False
+        held = held[len(held) - keep :]
+    yield held, False
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of ``text`` begin ``stop``."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def _ids(value: Any) -> list[int]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _content(token: Any) -> Any:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _tojson(value: Any, indent: int | None = None) -> str:
+    """Jinja's own filter escapes HTML, which a prompt is not."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)

@@ -1,0 +1,264 @@
+"""Artifact: a folder that carries its own proof.
+
+``flabc.json`` names what the folder is, what it was made from and with, what was checked, and the sha256 of every
+other file. A folder appears whole or not at all: it is written beside its place and then renamed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from flabc.errors import ArtifactError
+from flabc.spec import ModelSpec
+
+MANIFEST = "flabc.json"
+SCHEMA_VERSION = 1
+
+#: Packages whose version can change a result.
+_RECORDED = ("flabc", "numpy", "onnx", "onnx-ir", "onnxruntime", "tokenizers", "torch", "transformers")
+
+Kind = Literal["checkpoint", "engine", "report"]
+
+
+class SourceRecord(BaseModel):
+    """What an artifact was made from: a name a person knows, and the sha256 of each file that was read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    files: dict[str, str] = {}
+
+
+class Manifest(BaseModel):
+    """The content of ``flabc.json``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = SCHEMA_VERSION
+    kind: Kind
+    created: datetime
+    spec: ModelSpec | None = None
+    recipe: dict[str, Any] | None = None
+    source: SourceRecord | None = None
+    seed: int | None = None
+    versions: dict[str, str] = {}
+    receipts: dict[str, Any] = {}
+    files: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact on disk, verified when opened."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: Path | str, kind: Kind | None = None) -> Artifact:
+        """Open a folder and verify every file against the manifest.
+
+        Raises:
+            ArtifactError: if the folder is not an artifact, is of another kind or schema, or if a file is missing,
+                changed, or cannot be read; the file is named.
+        """
+        path = Path(path)
+        manifest = _read_manifest(path)
+        if kind is not None and manifest.kind != kind:
+            raise ArtifactError(f"{path} is of the wrong kind.", expected=f"kind {kind!r}", found=f"{manifest.kind!r}")
+        for name, digest in manifest.files.items():
+            _verify(path, name, digest)
+        return cls(path, manifest)
+
+    @staticmethod
+    def is_at(path: Path | str) -> bool:
+        """Whether a folder claims to be an artifact."""
+        return (Path(path) / MANIFEST).is_file()
+
+
+@dataclass
+class Draft:
+    """An artifact being written. Files go into ``path``; the fields end up in the manifest."""
+
+    path: Path
+    kind: Kind
+    spec: ModelSpec | None = None
+    recipe: dict[str, Any] | None = None
+    source: SourceRecord | None = None
+    seed: int | None = None
+    receipts: dict[str, Any] = field(default_factory=dict)
+
+    def write_manifest(self) -> None:
+        """Hash every file and write ``flabc.json``."""
+        files = {
+            file.relative_to(self.path).as_posix(): sha256(file) for file in sorted(self.path.rglob("*")) if file.is_file()
+        }
+        manifest = Manifest(
+            kind=self.kind,
+            created=datetime.now(UTC).replace(microsecond=0),
+            spec=self.spec,
+            recipe=self.recipe,
+            source=self.source,
+            seed=self.seed,
+            versions=library_versions(),
+            receipts=self.receipts,
+            files=files,
+        )
+        (self.path / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def create(out: Path | str, kind: Kind, *, force: bool = False) -> Iterator[Draft]:
+    """Yield a ``Draft`` in a temporary sibling of ``out``; on success it takes the place of ``out`` at once.
+
+    Whatever ends the block early (an error, Ctrl-C, kill -9) leaves ``out`` as it was. The sibling is removed
+    then, or, after a kill -9, by the next writer of the same folder.
+
+    Args:
+        out: the folder to make.
+        kind: what it will hold.
+        force: replace a folder that exists and is not empty.
+
+    Raises:
+        ArtifactError: if the folder exists, is not empty, and ``force`` is not given.
+    """
+    out = Path(out).absolute()
+    check_free(out, force=force)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(out)
+    draft = Draft(path=_sibling(out), kind=kind)
+    draft.path.mkdir()
+    try:
+        yield draft
+        draft.write_manifest()
+        _put_in_place(draft.path, out)
+    finally:
+        shutil.rmtree(draft.path, ignore_errors=True)
+
+
+def check_free(out: Path | str, *, force: bool) -> None:
+    """Make sure that a folder may be written: call it before long work begins.
+
+    Raises:
+        ArtifactError: if it is a file, or a folder that is not empty and ``force`` is not given.
+    """
+    out = Path(out)
+    if out.is_file():
+        raise ArtifactError(f"{out} is a file.", expected="a folder or a name that is free")
+    if not force and out.is_dir() and any(out.iterdir()):
+        raise ArtifactError(
+            f"The output folder {out} exists and is not empty.", fix="Choose another, or pass --force to replace it."
+        )
+
+
+def sha256(file: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of Python and of the installed packages that can change a result."""
+    versions = {"python": sys.version.split()[0]}
+    for name in _RECORDED:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _read_manifest(path: Path) -> Manifest:
+    file = path / MANIFEST
+    if not file.is_file():
+        raise ArtifactError(f"{path} is not a flabc artifact.", expected=f"a folder with {MANIFEST}")
+    try:
+        text = file.read_text(encoding="utf-8")
+        _check_schema(file, text)
+        return Manifest.model_validate_json(text)
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{file} cannot be read: {error}") from error
+
+
+def _check_schema(file: Path, text: str) -> None:
+    class Version(BaseModel):
+        schema_version: int
+
+    found = Version.model_validate_json(text).schema_version
+    if found != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{file} was written by another version of flabc.",
+            expected=f"schema_version {SCHEMA_VERSION}",
+            found=str(found),
+            fix="Make the folder again with this version.",
+        )
+
+
+def _verify(path: Path, name: str, digest: str) -> None:
+    file = path / name
+    if not file.resolve().is_relative_to(path.resolve()):
+        raise ArtifactError(f"{path / MANIFEST} names a file outside the folder: {name!r}.")
+    if not file.is_file():
+        raise ArtifactError(f"{path} is incomplete: {name} is missing.", fix="Make the folder again.")
+    found = sha256(file)
+    if found != digest:
+        raise ArtifactError(
+            f"{path} is damaged: {name} is not the file that was written.",
+            expected=f"sha256 {digest[:16]}…",
+            found=f"{found[:16]}…",
+            fix="Make the folder again.",
+        )
+
+
+def _sibling(out: Path) -> Path:
+    return out.with_name(f".{out.name}.{os.getpid()}.tmp")
+
+
+def _sweep(out: Path) -> None:
+    """Remove what killed writers of the same folder left: their siblings whose process is gone."""
+    for leftover in out.parent.glob(f".{out.name}.*.tmp"):
+        pid = leftover.name.split(".")[-2]
+        if pid == str(os.getpid()) or (pid.isdigit() and not _is_running(int(pid))):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _put_in_place(new: Path, out: Path) -> None:
+    """Rename ``new`` to ``out``; a folder already there changes places with it in one step where the system can."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        new.replace(out)
+    elif not _exchange(new, out):
+        old = out.with_name(f".{out.name}.old.{os.getpid()}.tmp")
+        out.rename(old)
+        new.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two folders atomically with Linux' ``renameat2(RENAME_EXCHANGE)``; False where that is not to be had."""
+    if not sys.platform.startswith("linux"):
+        return False
+    at_cwd, exchange = -100, 2
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    return rename is not None and rename(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0
