@@ -48,7 +48,7 @@ class Calibration(Config):
     corpus: str = Field(
         "python-stdlib", description=f"A built-in corpus ({', '.join(CORPORA)}), or a file or folder of text."
     )
-    sequences: int = Field(16, gt=0, description="Token sequences for scores and statistics.")
+    sequences: int = Field(48, gt=0, description="Token sequences for scores and statistics.")
     sequence_length: int = Field(512, gt=1, description="Tokens per sequence.")
 
 
@@ -70,6 +70,7 @@ class LayersConfig(Config):
     fraction: float | None = Field(None, gt=0, lt=1, description="Share of the layers to remove.")
     count: int | None = Field(None, gt=0, description="Number of layers to remove.")
     criterion: Annotated[str, *known("criterion", CRITERIA)] = Field("kl", description="What absence costs.")
+    sequences: int = Field(8, gt=0, description="Sequences to compare on: ranking layers needs fewer than statistics.")
 
     @model_validator(mode="after")
     def _one_amount(self) -> LayersConfig:

@@ -27,7 +27,8 @@ class LayersPlan(Plan):
 
 def plan(model: CausalLM, config: LayersConfig, context: Context) -> LayersPlan:
     """Choose the layers to remove; fewer than asked for where the target needs no more."""
-    walk = Walk(model, context.tokens(model), context.device, context.dtype)
+    tokens = context.tokens(model)[: config.sequences]
+    walk = Walk(model, tokens, context.device, context.dtype)
     current = dense = dense_variant(model.spec)
     keep, removed = list(range(len(dense))), list[dict[str, Any]]()
     reference = walk.run([dense])[dense]

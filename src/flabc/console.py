@@ -55,7 +55,8 @@ def progress(description: str, total: int | None = None) -> Iterator[Advance]:
     finally:
         patience.cancel()
         patience.join()
-        bar.stop()
+        if bar.live.is_started:  # stopping a bar that was never shown prints an empty line
+            bar.stop()
 
 
 def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:

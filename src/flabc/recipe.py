@@ -51,7 +51,7 @@ def load(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         UnknownNameError: for an unknown recipe, stage, criterion or score.
         RecipeError: if the file is not YAML, or does not validate.
     """
-    file = _find(name)
+    file = find(name)
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -92,7 +92,12 @@ def problems(error: ValidationError) -> str:
     )
 
 
-def _find(name: str | Path) -> Path:
+def find(name: str | Path) -> Path:
+    """The file of a shipped recipe or of a path.
+
+    Raises:
+        UnknownNameError: if it is neither.
+    """
     known = shipped()
     if str(name) in known:
         return known[str(name)]

@@ -1,0 +1,208 @@
+"""A benchmark as rows: what each side measured, their ratio, and how sure it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from math import floor, log10
+from typing import TYPE_CHECKING, Any, Literal
+
+from flabc.runtime.measure.result import BenchResult, Sample, Side
+
+from .statistics import median, median_ratio, median_ratio_interval
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Better = Literal["lower", "higher"]
+Verdict = Literal["better", "worse", "even"]
+
+#: A change below this share counts as none, however sure the samples are of it.
+EVEN = 0.005
+
+TIMES, DASH = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
+STYLES: dict[Verdict, str] = {"better": "green", "worse": "red", "even": "default"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of both sides.
+
+    Args:
+        key: its name for programs, unit included.
+        label: its name for people.
+        unit: of ``dense`` and ``pruned``; empty for a bare number.
+        dense: the baseline's value.
+        pruned: the candidate's value.
+        ratio: ``pruned / dense``.
+        interval: 95 % confidence interval of the ratio; None where the metric is not sampled.
+        better: which direction is the good one.
+    """
+
+    key: str
+    label: str
+    unit: str
+    dense: float
+    pruned: float
+    ratio: float
+    interval: tuple[float, float] | None
+    better: Better
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the candidate gained; ``even`` if the change is tiny or its interval holds 1."""
+        low, high = self.interval or (self.ratio, self.ratio)
+        if abs(self.ratio - 1) < EVEN or low <= 1 <= high:
+            return "even"
+        return "better" if (self.ratio < 1) == (self.better == "lower") else "worse"
+
+
+def rows(result: BenchResult) -> list[Row]:
+    """Every metric that both sides have, in the order in which a reader asks for them."""
+    dense, pruned = result.baseline, result.candidate
+    return [
+        *_sizes(dense, pruned),
+        *_times(dense, pruned),
+        *_memory(dense, pruned),
+        *_quality(dense, pruned),
+        *_cache(dense, pruned),
+    ]
+
+
+def as_dict(table: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """The rows by key, for ``--json``; each also says its verdict."""
+    return {row.key: {**asdict(row), "verdict": row.verdict} for row in table}
+
+
+def as_markdown(table: Sequence[Row]) -> str:
+    """A table in GitHub's Markdown, newline at the end."""
+    lines = ["| metric | dense | pruned | ratio |", "| :--- | ---: | ---: | ---: |"]
+    lines += ["| " + " | ".join(_cells(row)) + " |" for row in table]
+    return "\n".join(lines) + "\n"
+
+
+def as_rich(table: Sequence[Row]) -> Table:
+    """A table for the terminal; the ratio is green where the candidate gained and red where it lost."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("metric")
+    for name in ("dense", "pruned", "ratio"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for row in table:
+        *values, ratio = _cells(row)
+        shown.add_row(*values, Text(ratio, STYLES[row.verdict]))
+    return shown
+
+
+def quantity(value: float, unit: str) -> str:
+    """A value for people: ``134.5 M``, ``538 MB``, ``21.3 ms``."""
+    if unit == "parameters":
+        return scaled(value, 4)
+    if unit == "bytes":
+        return f"{scaled(value, 3, giga='G')}B" if value >= 1e3 else f"{value:.0f} B"
+    return f"{significant(value, 3)} {unit}" if unit else significant(value, 4)
+
+
+def scaled(value: float, digits: int, giga: str = "B") -> str:
+    """A value with a decimal prefix: ``134.5 M``, and ``6.738 B`` as parameters are counted."""
+    rounded = float(f"{value:.{digits - 1}e}")  # before choosing, or 999,999 becomes "1000 k"
+    for factor, prefix in ((1e9, giga), (1e6, "M"), (1e3, "k")):
+        if abs(rounded) >= factor:
+            return f"{significant(rounded / factor, digits)} {prefix}"
+    return significant(rounded, digits)
+
+
+def significant(value: float, digits: int) -> str:
+    """A value with that many significant digits; digits before the point are never cut."""
+    rounded = float(f"{value:.{digits - 1}e}")
+    exponent = floor(log10(abs(rounded))) if rounded else 0
+    decimals = max(0, digits - 1 - exponent)
+    return f"{value if decimals == 0 else rounded:,.{decimals}f}"
+
+
+def times(ratio: float) -> str:
+    """A ratio for people, ``0.78×``; near 1 and near 0 it keeps a third decimal."""
+    fine = 0 < abs(ratio - 1) < 0.01 or ratio < 0.1
+    return f"{ratio:.3f}{TIMES}" if fine else f"{ratio:.2f}{TIMES}"
+
+
+def times_with_interval(row: Row) -> str:
+    """``0.78×``, or ``0.78× (0.75–0.81)`` where there is an interval."""
+    return times(row.ratio) if row.interval is None else f"{times(row.ratio)} ({interval_text(row.interval)})"
+
+
+def interval_text(interval: tuple[float, float]) -> str:
+    """``0.75–0.81``, with the decimals that tell its ends apart."""
+    low, high = interval
+    decimals = 2 if high - low >= 0.02 else 3
+    return f"{low:.{decimals}f}{DASH}{high:.{decimals}f}"
+
+
+def _cells(row: Row) -> tuple[str, str, str, str]:
+    return row.label, quantity(row.dense, row.unit), quantity(row.pruned, row.unit), times_with_interval(row)
+
+
+def _sizes(dense: Side, pruned: Side) -> Iterator[Row]:
+    counts = dense.spec.num_parameters, pruned.spec.num_parameters
+    yield _row("parameters", "parameters", "parameters", *counts)
+    yield _row("bytes_on_disk", "size on disk", "bytes", dense.bytes_on_disk, pruned.bytes_on_disk)
+
+
+def _times(dense: Side, pruned: Side) -> Iterator[Row]:
+    sides = dense.samples, pruned.samples
+    if not all(sides):
+        return
+    yield _timed("ttft_ms", "time to first token", "ms", lambda sample: sample.ttft_ms, *sides)
+    if all(sample.token_ms for side in sides for sample in side):  # one output token has no time per token
+        yield _timed("tpot_ms", "time per output token", "ms", lambda sample: sample.tpot_ms, *sides)
+    yield _timed(
+        "tokens_per_s",
+        "tokens per second",
+        "tok/s",
+        lambda sample: sample.tokens_per_s,
+        *sides,
+        better="higher",
+    )
+
+
+def _memory(dense: Side, pruned: Side) -> Iterator[Row]:
+    yield _row("peak_memory_mib", "peak memory", "MiB", dense.peak_rss_mib, pruned.peak_rss_mib)
+
+
+def _quality(dense: Side, pruned: Side) -> Iterator[Row]:
+    if dense.perplexity is None or pruned.perplexity is None:
+        return
+    # One token count for both: a pruned vocabulary cuts the same text into other tokens.
+    tokens = dense.perplexity.tokens
+    both = dense.perplexity.per(tokens), pruned.perplexity.per(tokens)
+    yield _row("perplexity", "perplexity (per dense token)", "", *both)
+    bits = dense.perplexity.bits_per_byte, pruned.perplexity.bits_per_byte
+    yield _row("bits_per_byte", "bits per byte", "", *bits)
+
+
+def _cache(dense: Side, pruned: Side) -> Iterator[Row]:
+    both = dense.spec.kv_bytes_per_token(), pruned.spec.kv_bytes_per_token()
+    if both[0]:  # a model without attention has no cache to compare with
+        yield _row("kv_bytes_per_token", "KV cache per token (float32)", "bytes", *both)
+
+
+def _row(key: str, label: str, unit: str, dense: float, pruned: float) -> Row:
+    return Row(key, label, unit, dense, pruned, pruned / dense, interval=None, better="lower")
+
+
+def _timed(
+    key: str,
+    label: str,
+    unit: str,
+    metric: Callable[[Sample], float],
+    dense: Sequence[Sample],
+    pruned: Sequence[Sample],
+    better: Better = "lower",
+) -> Row:
+    a, b = ([metric(sample) for sample in samples] for samples in (pruned, dense))
+    return Row(
+        key, label, unit, median(b), median(a), median_ratio(a, b), median_ratio_interval(a, b), better
+    )

@@ -1,0 +1,140 @@
+"""What this machine can do: one line per thing that flabc could use, and how to get what is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from pydantic import BaseModel, ConfigDict
+
+from flabc.runtime.measure.environment import cpu_name
+
+Status = Literal["ok", "missing", "problem"]
+
+#: The packages of each extra that decide whether it works.
+EXTRAS = {
+    "cpu": ("onnxruntime",),
+    "compress": ("torch", "transformers", "safetensors", "gguf", "accelerate", "peft"),
+    "export": ("onnx", "onnx-ir", "onnxscript", "ml-dtypes"),
+    "report": ("matplotlib",),
+    "gpu": ("onnxruntime-gpu", "nvidia-ml-py"),
+    "tensorrt": ("tensorrt", "polygraphy"),
+}
+
+#: Processor features that decide how fast matrices are multiplied, as Linux names them.
+CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+
+RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
+
+
+class Finding(BaseModel):
+    """One thing that was looked at."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    status: Status
+    detail: str
+    fix: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at everything; never raises, imports nothing heavy but onnxruntime."""
+    return [_python(), _processor(), _memory(), *_extras(), _clash(), _providers(), _cuda(), _nvml(), _rapl()]
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _python() -> Finding:
+    return Finding(name="python", status="ok", detail=sys.version.split()[0])
+
+
+def _processor() -> Finding:
+    info = Path("/proc/cpuinfo")
+    flags = set(info.read_text(encoding="utf-8").split()) if info.is_file() else set[str]()
+    features = ", ".join(feature for feature in CPU_FEATURES if feature in flags) or "no known features"
+    return Finding(name="processor", status="ok", detail=f"{cpu_name()}, {psutil.cpu_count()} cores, {features}")
+
+
+def _memory() -> Finding:
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(Path.cwd())
+    detail = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free, disk {disk.free / 2**30:.0f} GiB free"
+    return Finding(name="memory", status="ok", detail=detail)
+
+
+def _extras() -> Iterator[Finding]:
+    for extra, packages in EXTRAS.items():
+        found = {package: version_of(package) for package in packages}
+        missing = [package for package, version in found.items() if version is None]
+        if missing:
+            fix = f"pip install 'flabc[{extra}]'"
+            yield Finding(name=f"extra {extra}", status="missing", detail=f"no {', '.join(missing)}", fix=fix)
+        else:
+            detail = ", ".join(f"{package} {version}" for package, version in found.items())
+            yield Finding(name=f"extra {extra}", status="ok", detail=detail)
+
+
+def _clash() -> Finding:
+    both = version_of("onnxruntime") is not None and version_of("onnxruntime-gpu") is not None
+    if not both:
+        return Finding(name="clashing packages", status="ok", detail="none")
+    return Finding(
+        name="clashing packages",
+        status="problem",
+        detail="onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files",
+        fix="pip uninstall -y onnxruntime onnxruntime-gpu, then install the one you need",
+    )
+
+
+def _providers() -> Finding:
+    if importlib.util.find_spec("onnxruntime") is None:
+        return Finding(name="execution providers", status="missing", detail="no onnxruntime", fix="pip install 'flabc[cpu]'")
+    import onnxruntime
+
+    return Finding(name="execution providers", status="ok", detail=", ".join(onnxruntime.get_available_providers()))
+
+
+def _cuda() -> Finding:
+    driver = Path("/proc/driver/nvidia/version")
+    if not driver.is_file():
+        return Finding(name="cuda", status="missing", detail="no NVIDIA driver")
+    return Finding(name="cuda", status="ok", detail=driver.read_text(encoding="utf-8").splitlines()[0])
+
+
+def _nvml() -> Finding:
+    if importlib.util.find_spec("pynvml") is None:
+        return Finding(
+            name="energy, GPU (NVML)", status="missing", detail="no nvidia-ml-py", fix="pip install 'flabc[gpu]'"
+        )
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return Finding(name="energy, GPU (NVML)", status="missing", detail=str(error))
+    count = pynvml.nvmlDeviceGetCount()
+    pynvml.nvmlShutdown()
+    return Finding(name="energy, GPU (NVML)", status="ok", detail=f"{count} devices")
+
+
+def _rapl() -> Finding:
+    name = "energy, processor (RAPL)"
+    if not RAPL.exists():
+        return Finding(name=name, status="missing", detail="the system shows no counter")
+    try:
+        RAPL.read_text(encoding="utf-8")
+    except OSError as error:
+        return Finding(name=name, status="missing", detail=str(error), fix=f"Make {RAPL} readable.")
+    return Finding(name=name, status="ok", detail=str(RAPL))

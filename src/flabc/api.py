@@ -1,0 +1,415 @@
+"""The Python API: one function per command of the command line, which is a thin skin over it.
+
+Each takes plain values, writes what it is told to write, and returns a frozen record. Each part is imported when it
+is first needed, so that a host that only serves needs only what serving needs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from flabc import artifact
+from flabc.artifact import Artifact
+from flabc.errors import EngineError, FlabcError, UnknownNameError, require
+from flabc.recipe import Recipe
+from flabc.recipe import load as load_recipe
+from flabc.runtime.doctor import Finding, examine
+from flabc.runtime.evaluate.perplexity import Perplexity
+from flabc.runtime.measure.result import BenchResult, Workload
+from flabc.spec import BYTES_PER_PARAMETER, ModelSpec
+
+__all__ = [
+    "BenchReport",
+    "Compressed",
+    "Evaluation",
+    "Exported",
+    "Inspection",
+    "bench",
+    "compress",
+    "doctor",
+    "evaluate",
+    "export",
+    "inspect",
+]
+
+#: Held-out text that perplexity is measured on: so many documents, each cut to so many characters.
+HELDOUT_DOCUMENTS, HELDOUT_CHARACTERS = 24, 2400
+
+#: Characters per prompt token that a text must have to be sure to fill a prompt.
+CHARACTERS_PER_TOKEN = 12
+
+TASKS = ("perplexity",)
+
+
+class Result(BaseModel):
+    """A frozen record; ``model_dump(mode="json")`` is what ``--json`` prints."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Inspection(Result):
+    """What a model is made of, and what each kind of cut could save.
+
+    ``savings`` has parameters per cut; ``duplicate_output_cosine`` is set if a GGUF carries an input and an output
+    matrix, and says how alike they are.
+    """
+
+    model: str
+    spec: ModelSpec
+    parameters: dict[str, int]
+    total_parameters: int
+    bytes: dict[str, int]
+    kv_bytes_per_token: dict[str, int]
+    flops_per_token: int
+    savings: dict[str, int]
+    duplicate_output_cosine: float | None = None
+    can_tie: bool = False
+
+
+class Compressed(Result):
+    """What compressing did. ``path`` is None after a dry run."""
+
+    path: Path | None
+    recipe: dict[str, Any]
+    dense: ModelSpec
+    spec: ModelSpec
+    stages: list[dict[str, Any]]
+    quality: dict[str, Any]
+
+    @property
+    def kept(self) -> float:
+        """The fraction of the dense model's parameters that is left."""
+        return self.spec.num_parameters / self.dense.num_parameters
+
+
+class Exported(Result):
+    """What exporting wrote, and how it compares with torch."""
+
+    path: Path
+    spec: ModelSpec
+    target: str
+    precision: str
+    parity: dict[str, Any]
+
+
+class Evaluation(Result):
+    """How a model does on a task."""
+
+    target: str
+    task: str
+    corpus: str
+    perplexity: float
+    bits_per_byte: float
+    sums: Perplexity
+
+
+class BenchReport(Result):
+    """Where a benchmark's report is, and what it says."""
+
+    path: Path
+    html: Path
+    table: dict[str, dict[str, Any]]
+
+
+def inspect(model: str) -> Inspection:
+    """Say what a model is made of, without reading its weights.
+
+    Args:
+        model: an alias, a folder, a GGUF file or a hub id.
+
+    Raises:
+        ModelError: if it cannot be read.
+        UnknownNameError: if the name or the family is not known.
+    """
+    require("torch", "compress")
+    from flabc.compress import load
+
+    location = load.locate(model)
+    spec = ModelSpec.from_config(load.read_config(location))
+    cosine = load.duplicate_output_cosine(location)
+    return Inspection(
+        model=model,
+        spec=spec,
+        parameters={str(part): count for part, count in spec.parameters().items()},
+        total_parameters=spec.num_parameters,
+        bytes={precision: spec.bytes_at(precision) for precision in BYTES_PER_PARAMETER},
+        kv_bytes_per_token={"fp32": spec.kv_bytes_per_token(4), "fp16": spec.kv_bytes_per_token(2)},
+        flops_per_token=spec.flops_per_token(),
+        savings=savings(spec),
+        duplicate_output_cosine=cosine,
+        can_tie=cosine is not None and not spec.tie_word_embeddings and cosine >= load.SAME_MATRIX_COSINE,
+    )
+
+
+def savings(spec: ModelSpec) -> dict[str, int]:
+    """Parameters that go with each unit of a cut."""
+
+    def without(**changes: Any) -> int:
+        return spec.num_parameters - spec.model_copy(update=changes).num_parameters
+
+    def resized(**sizes: int) -> int:
+        return without(layers=tuple(layer.model_copy(update=sizes) for layer in spec.layers))
+
+    first = spec.layers[0]
+    group = first.num_attention_heads // max(1, first.num_key_value_heads)
+    fewer_groups = {
+        "num_attention_heads": first.num_attention_heads - group,
+        "num_key_value_heads": first.num_key_value_heads - 1,
+    }
+    rows = min(1000, spec.vocab_size - 1)
+    return {
+        f"{rows} vocabulary rows": without(vocab_size=spec.vocab_size - rows),
+        "one layer": without(layers=spec.layers[1:]),
+        "one attention group in every layer": resized(**fewer_groups),
+        "64 FFN channels in every layer": resized(intermediate_size=max(0, first.intermediate_size - 64)),
+    }
+
+
+def compress(
+    model: str,
+    recipe: str | Path | Recipe,
+    output: str | Path | None,
+    *,
+    overrides: Sequence[str] = (),
+    device: str = "cpu",
+    seed: int = 0,
+    tie: bool = False,
+    force: bool = False,
+) -> Compressed:
+    """Cut a model by a recipe and write the checkpoint.
+
+    Args:
+        model: an alias, a folder, a GGUF file or a hub id.
+        recipe: a shipped name, a file, or a recipe.
+        output: the folder to write; None plans and measures everything, and writes nothing.
+        overrides: changes to the recipe, ``path=value`` each.
+        device: a torch device.
+        seed: picks the calibration text.
+        tie: tie a GGUF's input and output matrices if they are one matrix stored twice.
+        force: replace a folder that is not empty.
+
+    Raises:
+        FlabcError: see ``flabc.errors``; the output folder is then as it was.
+    """
+    parsed = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    if output is not None:
+        artifact.check_free(output, force=force)
+    require("torch", "compress")
+    require("transformers", "compress")
+    from flabc.compress import checkpoint, load, pipeline
+
+    dense = load.load(model, tie=tie)
+    cut, receipts, quality = pipeline.run(
+        dense,
+        parsed.stages,
+        target=parsed.target,
+        calibration=parsed.calibration,
+        device=device,
+        seed=seed,
+    )
+    stages = [receipt.as_dict() for receipt in receipts]
+    content = parsed.model_dump(mode="json")
+    if output is not None:
+        with artifact.create(output, "checkpoint", force=force) as draft:
+            checkpoint.write(cut, draft.path)
+            draft.spec, draft.recipe, draft.source, draft.seed = cut.spec, content, dense.source, seed
+            draft.receipts = {"stages": stages, "quality": quality}
+    return Compressed(
+        path=None if output is None else Path(output),
+        recipe=content,
+        dense=dense.spec,
+        spec=cut.spec,
+        stages=stages,
+        quality=quality,
+    )
+
+
+def export(
+    model: str | Path,
+    output: str | Path,
+    *,
+    target: str = "onnx",
+    precision: str = "fp32",
+    tie: bool = False,
+    force: bool = False,
+) -> Exported:
+    """Turn a checkpoint, or any dense model of a known family, into an engine, and prove it against torch.
+
+    Args:
+        model: a checkpoint folder, or whatever ``compress`` takes as a model.
+        output: the folder to write.
+        target: ``onnx``.
+        precision: ``fp32``.
+        tie: as for ``compress``.
+        force: replace a folder that is not empty.
+
+    Raises:
+        ParityError: if the engine's answers differ from torch's; no folder is written then.
+        FlabcError: see ``flabc.errors``.
+    """
+    artifact.check_free(output, force=force)
+    require("onnx_ir", "export")
+    from flabc.export import engine
+
+    engine.check_choice("target", target, engine.TARGETS)
+    engine.check_choice("precision", precision, engine.PRECISIONS)
+    with model_folder(str(model), tie=tie) as (folder, spec), artifact.create(output, "engine", force=force) as draft:
+        engine.write(folder, spec, draft.path)
+        draft.spec = spec
+        parity = _prove(draft.path, folder, spec)
+        if Artifact.is_at(folder):
+            made = Artifact.open(folder).manifest
+            draft.recipe, draft.source, draft.seed = made.recipe, made.source, made.seed
+            draft.receipts = dict(made.receipts)
+        draft.receipts["parity"] = parity
+    return Exported(path=Path(output), spec=spec, target=target, precision=precision, parity=parity)
+
+
+def evaluate(target: str | Path, *, task: str = "perplexity", corpus: str = "python-stdlib", tie: bool = False) -> Evaluation:
+    """Measure quality: an engine through ONNX Runtime, anything else through torch.
+
+    Args:
+        target: an engine, a checkpoint, or whatever ``compress`` takes as a model.
+        task: ``perplexity``.
+        corpus: the text, of which the held-out side is used.
+        tie: as for ``compress``.
+
+    Raises:
+        UnknownNameError: for an unknown task or corpus.
+        FlabcError: see ``flabc.errors``.
+    """
+    from flabc.runtime.evaluate.perplexity import perplexity
+    from flabc.runtime.session import Session
+
+    if task not in TASKS:
+        raise UnknownNameError("task", task, TASKS)
+    texts = heldout_texts(corpus)
+    with model_folder(str(target), tie=tie) as (folder, _):
+        session = Session.open(folder)
+        found = perplexity(session.backend, session.codec, texts)
+    return Evaluation(
+        target=str(target),
+        task=task,
+        corpus=corpus,
+        perplexity=found.perplexity,
+        bits_per_byte=found.bits_per_byte,
+        sums=found,
+    )
+
+
+def bench(
+    engine: str | Path,
+    baseline: str | Path,
+    output: str | Path,
+    *,
+    workload: Workload | None = None,
+    corpus: str = "python-stdlib",
+    force: bool = False,
+) -> BenchReport:
+    """Measure an engine beside another and write the report.
+
+    Args:
+        engine: the engine in question.
+        baseline: the engine it is compared with.
+        output: the folder for ``report.html``, ``report.md`` and ``bench.json``.
+        workload: what each run does.
+        corpus: the text for prompts and perplexity, of which the held-out side is used.
+        force: replace a folder that is not empty.
+
+    Raises:
+        FlabcError: see ``flabc.errors``.
+    """
+    artifact.check_free(output, force=force)
+    require("matplotlib", "report")
+    from flabc.perf import report, table
+    from flabc.runtime.measure.bench import bench as measure
+
+    for folder in (engine, baseline):
+        Artifact.open(folder, "engine")
+    workload = workload or Workload()
+    result = measure(Path(engine), Path(baseline), workload, _prompts(corpus, workload), heldout_texts(corpus))
+    with artifact.create(output, "report", force=force) as draft:
+        (draft.path / "bench.json").write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        report.write_html(result, draft.path / "report.html")
+        report.write_markdown(result, draft.path / "report.md")
+        draft.spec = result.candidate.spec
+    rows = table.rows(result)
+    return BenchReport(path=Path(output), html=Path(output) / "report.html", table=table.as_dict(rows))
+
+
+def read_bench(folder: str | Path) -> BenchResult:
+    """The raw result of a report folder, verified.
+
+    Raises:
+        ArtifactError: if the folder is damaged or is no report.
+    """
+    file = Artifact.open(folder, "report").path / "bench.json"
+    return BenchResult.model_validate_json(file.read_text(encoding="utf-8"))
+
+
+def doctor() -> list[Finding]:
+    """What this machine can do, and how to get what is missing."""
+    return examine()
+
+
+@contextmanager
+def model_folder(model: str, *, tie: bool = False) -> Iterator[tuple[Path, ModelSpec]]:
+    """A folder that backends and export can open, and its spec; a GGUF becomes one for as long as it is needed."""
+    path = Path(model)
+    if Artifact.is_at(path):
+        spec = Artifact.open(path).manifest.spec
+        if spec is None:
+            raise EngineError(f"{path} holds no model.")
+        yield path, spec
+        return
+    require("torch", "compress")
+    require("transformers", "compress")
+    from flabc.compress import checkpoint, load
+
+    location = load.locate(model)
+    if location.file is None and not tie:
+        yield location.folder, ModelSpec.from_config(load.read_config(location))
+        return
+    with tempfile.TemporaryDirectory(prefix="flabc-") as folder:
+        loaded = load.load(model, tie=tie)
+        checkpoint.write(loaded, Path(folder))
+        yield Path(folder), loaded.spec
+
+
+def heldout_texts(corpus: str) -> list[str]:
+    """The text that perplexity is measured on: the held-out side of a corpus, never calibrated on."""
+    from flabc.compress.data.corpus import load
+
+    documents = load(corpus, "heldout")
+    return [document.text[:HELDOUT_CHARACTERS] for document in documents[:HELDOUT_DOCUMENTS]]
+
+
+def _prompts(corpus: str, workload: Workload) -> list[str]:
+    from flabc.compress.data.corpus import load
+
+    size = CHARACTERS_PER_TOKEN * workload.prompt_tokens
+    texts = [document.text[:size] for document in load(corpus, "heldout") if len(document.text) >= size]
+    if not texts:
+        raise FlabcError(f"No held-out text is long enough for a prompt of {workload.prompt_tokens} tokens.")
+    return texts[: workload.rounds]
+
+
+def _prove(engine: Path, folder: Path, spec: ModelSpec) -> dict[str, Any]:
+    """Compare an engine that is still a draft with torch on the checkpoint it was made from."""
+    require("torch", "compress")
+    from flabc.export import parity
+    from flabc.runtime.backend import Limits, open_backend
+    from flabc.runtime.text import TextCodec
+
+    limits = Limits(max_batch=len(parity.LENGTHS), max_length=max(parity.LENGTHS) + parity.STEPS)
+    candidate = open_backend("onnxruntime", engine, spec, limits)
+    reference = open_backend("torch", folder, spec, limits)
+    text = Path(parity.__file__).read_text(encoding="utf-8")  # code, and always at hand
+    ids = TextCodec(folder).encode_plain(text)
+    return parity.check(candidate, reference, ids, max_batch=limits.max_batch).receipt()

@@ -1,0 +1,470 @@
+"""The command line: parse, one call of ``flabc.api``, print. Imports nothing heavy until a command runs.
+
+Data goes to stdout, progress and notes to stderr. With ``--json`` stdout holds one object and nothing else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from flabc import __version__
+from flabc.errors import FlabcError, UsageError
+
+if TYPE_CHECKING:
+    from flabc.api import Compressed, Inspection
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+#: Commands whose names are settled and whose work is not in this version.
+PLANNED = {
+    "data": "Mine instruction tasks from code.",
+    "gate": "Fail CI when an engine has become slower or worse.",
+    "recover": "Train what was cut back in.",
+    "search": "Find per-layer rates by evolution.",
+    "serve": "Serve an engine over an OpenAI-compatible API.",
+}
+
+FORCE = click.option("--force", is_flag=True, help="Replace an output folder that is not empty.")
+TIE = click.option("--tie", is_flag=True, help="Tie input and output matrices that a GGUF stores twice.")
+CORPUS = click.option(
+    "--corpus", default="python-stdlib", show_default=True, help="A built-in corpus, or a file or folder of text."
+)
+SEED = click.option("--seed", type=int, help="Makes sampling repeatable.")
+
+
+class Group(click.Group):
+    """A group that answers an unknown command with the nearest one."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command, or say which was probably meant."""
+        if args and self.get_command(ctx, args[0]) is None:
+            known = self.list_commands(ctx)
+            close = difflib.get_close_matches(args[0], known, n=1, cutoff=0.5)
+            guess = f"Did you mean {close[0]!r}? " if close else ""
+            raise click.UsageError(f"Unknown command {args[0]!r}. {guess}Known: {', '.join(known)}.", ctx)
+        return super().resolve_command(ctx, args)
+
+
+def json_option(command: F) -> F:
+    """Add ``--json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(command)
+
+
+def emit(as_json: bool, data: Any, show: Callable[[], None]) -> None:
+    """Print a result: as JSON, or for a person."""
+    if not as_json:
+        show()
+        return
+    plain = data.model_dump(mode="json") if hasattr(data, "model_dump") else data
+    click.echo(json.dumps(plain, indent=2, ensure_ascii=False))
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="flabc")
+def cli() -> None:
+    """Cut a code language model, prove what it cost, and ship the engine.
+
+    \b
+    flabc init --model smollm2-135m && flabc compress && flabc export && flabc bench
+    """
+
+
+@cli.command()
+@click.argument("model")
+@json_option
+def inspect(model: str, as_json: bool) -> None:
+    """Say what MODEL is made of and what each cut could save.
+
+    MODEL is a Hugging Face folder, a hub id, a GGUF file, or a built-in alias (smollm2-135m).
+
+    \b
+    flabc inspect smollm2-135m
+    """
+    from flabc import api
+
+    found = api.inspect(model)
+    emit(as_json, found, lambda: _show_inspection(found))
+
+
+@cli.command()
+@click.argument("model", required=False)
+@click.option("--recipe", help="A shipped recipe or a YAML file.  [default: flab-22]")
+@click.option("-o", "--output", type=click.Path(), help="The checkpoint folder to write.")
+@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change the recipe; repeatable.")
+@click.option("--dry-run", is_flag=True, help="Plan and measure every cut, write nothing.")
+@click.option("--device", default="cpu", show_default=True, help="A torch device.")
+@click.option("--seed", type=int, help="Picks the calibration text.  [default: 0]")
+@TIE
+@FORCE
+@json_option
+def compress(
+    model: str | None,
+    recipe: str | None,
+    output: str | None,
+    overrides: Sequence[str],
+    dry_run: bool,
+    device: str,
+    seed: int | None,
+    tie: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Cut MODEL by a recipe and write a checkpoint that plain transformers loads.
+
+    Beside a flabc.yaml no argument is needed.
+
+    \b
+    flabc compress smollm2-135m --recipe flab-22 -o pruned
+    flabc compress smollm2-135m -o pruned --set target.params=0.7 --set stages.ffn.score=wanda
+    """
+    from flabc import api
+    from flabc.project import find, need
+
+    project = find() if model else need("MODEL")
+    if output is None and not dry_run:
+        output = (project or need("output folder (-o)")).checkpoint
+    done = api.compress(
+        model or need("MODEL").model,
+        recipe or (project.recipe if project else "flab-22"),
+        None if dry_run else output,
+        overrides=overrides,
+        device=device,
+        seed=seed if seed is not None else (project.seed if project else 0),
+        tie=tie,
+        force=force,
+    )
+    emit(as_json, done, lambda: _show_compressed(done))
+
+
+@cli.command()
+@click.argument("checkpoint", required=False)
+@click.option("-o", "--output", type=click.Path(), help="The engine folder to write.")
+@click.option("--target", help="What to make: onnx.  [default: onnx]")
+@click.option("--precision", help="The precision of the weights: fp32.  [default: fp32]")
+@TIE
+@FORCE
+@json_option
+def export(
+    checkpoint: str | None,
+    output: str | None,
+    target: str | None,
+    precision: str | None,
+    tie: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Turn CHECKPOINT, or any dense model, into an engine folder, proven against torch.
+
+    Beside a flabc.yaml and without arguments, both the pruned and the dense engine are made.
+
+    \b
+    flabc export pruned -o engine
+    flabc export smollm2-135m -o dense-engine
+    """
+    from flabc import api
+    from flabc.project import find, need
+
+    project = find() if checkpoint else need("CHECKPOINT")
+    jobs = [(checkpoint, output or (project or need("output folder (-o)")).engine)] if checkpoint else []
+    if not checkpoint and project:
+        jobs = [(project.checkpoint, output or project.engine), (project.model, project.baseline)]
+    choices = {
+        "target": target or (project.target if project else "onnx"),
+        "precision": precision or (project.precision if project else "fp32"),
+    }
+    done = [api.export(str(source), out, tie=tie, force=force, **choices) for source, out in jobs]
+    data = done[0] if checkpoint else {"engines": [result.model_dump(mode="json") for result in done]}
+
+    def show() -> None:
+        for result in done:
+            parity = result.parity
+            click.echo(
+                f"{result.path}: {result.spec.num_parameters / 1e6:.1f} M parameters, {result.precision}; logits within "
+                f"{parity['max_relative']:.1g} of torch, {parity['greedy_steps']:.0f} greedy tokens identical"
+            )
+
+    emit(as_json, data, show)
+
+
+@cli.command()
+@click.argument("engine", required=False)
+@click.argument("prompt", required=False)
+@click.option("--chat", is_flag=True, help="Put the prompt through the model's chat template.")
+@click.option("--max-tokens", default=128, show_default=True, help="Tokens to produce at most.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 takes the most likely token.")
+@click.option("--top-p", default=1.0, show_default=True, help="Sample from this much probability.")
+@click.option("--stop", multiple=True, help="A text that ends the answer; repeatable.")
+@SEED
+@click.option("--threads", type=int, help="Threads for the computation.")
+@json_option
+def run(
+    engine: str | None,
+    prompt: str | None,
+    chat: bool,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    stop: Sequence[str],
+    seed: int | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Let ENGINE go on from PROMPT, streaming; without PROMPT it is read from stdin.
+
+    \b
+    flabc run engine "def fibonacci(n):"
+    flabc run engine --chat "Write a function that reverses a string."
+    """
+    from flabc.project import need
+    from flabc.runtime.backend import Limits
+    from flabc.runtime.sampling import SamplingParams
+    from flabc.runtime.session import Session
+
+    text = prompt if prompt is not None else sys.stdin.read()
+    try:
+        params = SamplingParams(
+            max_tokens=max_tokens, temperature=temperature, top_p=top_p, stop=tuple(stop), seed=seed
+        )
+    except ValueError as error:
+        raise UsageError(f"These sampling options do not fit: {error}") from error
+    session = Session.open(engine or need("ENGINE").engine, limits=Limits(threads=threads))
+    asked = [{"role": "user", "content": text}] if chat else text
+    if as_json:
+        answer = session.generate(asked, params)
+        click.echo(json.dumps(vars(answer), indent=2, ensure_ascii=False))
+        return
+    if not chat:
+        click.echo(text, nl=False)
+    for chunk in session.stream(asked, params):
+        click.echo(chunk.text, nl=False)
+    click.echo()
+
+
+@cli.command("eval")
+@click.argument("target")
+@click.option("--task", default="perplexity", show_default=True, help="What to measure: perplexity.")
+@CORPUS
+@TIE
+@json_option
+def evaluate(target: str, task: str, corpus: str, tie: bool, as_json: bool) -> None:
+    """Measure the quality of TARGET: an engine, a checkpoint or a model.
+
+    \b
+    flabc eval engine --task perplexity
+    """
+    from flabc import api
+
+    found = api.evaluate(target, task=task, corpus=corpus, tie=tie)
+
+    def show() -> None:
+        click.echo(
+            f"{found.target}: perplexity {found.perplexity:.3f} per token, {found.bits_per_byte:.4f} bits per byte "
+            f"({found.sums.tokens:,} tokens of {found.sums.documents} held-out documents)"
+        )
+
+    emit(as_json, found, show)
+
+
+@cli.command()
+@click.argument("engine", required=False)
+@click.option("--baseline", type=click.Path(), help="The engine to compare with.")
+@click.option("-o", "--output", type=click.Path(), help="The report folder to write.")
+@click.option("--prompt-tokens", default=128, show_default=True, help="Tokens of each prompt.")
+@click.option("--output-tokens", default=64, show_default=True, help="Tokens that each run produces.")
+@click.option("--rounds", default=5, show_default=True, help="Rounds of dense, pruned, pruned, dense.")
+@click.option("--threads", type=int, help="Threads for the computation.")
+@CORPUS
+@FORCE
+@json_option
+def bench(
+    engine: str | None,
+    baseline: str | None,
+    output: str | None,
+    prompt_tokens: int,
+    output_tokens: int,
+    rounds: int,
+    threads: int | None,
+    corpus: str,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Measure ENGINE beside a baseline and write a report.
+
+    \b
+    flabc bench engine --baseline dense-engine -o report
+    """
+    from flabc import api
+    from flabc.project import find, need
+    from flabc.runtime.measure.result import Workload
+
+    project = find() if engine and baseline and output else need("ENGINE, --baseline or -o")
+    workload = Workload(
+        prompt_tokens=prompt_tokens, output_tokens=output_tokens, rounds=rounds, threads=threads
+    )
+    done = api.bench(
+        engine or (project or need("ENGINE")).engine,
+        baseline or (project or need("--baseline")).baseline,
+        output or (project or need("-o")).report,
+        workload=workload,
+        corpus=corpus,
+        force=force,
+    )
+
+    def show() -> None:
+        from rich.console import Console
+
+        from flabc.perf import table
+
+        Console().print(table.as_rich(table.rows(api.read_bench(done.path))))
+        click.echo(f"report: {done.html.absolute()}")
+
+    emit(as_json, done, show)
+
+
+@cli.command()
+@click.argument("name", required=False)
+@click.option("--schema", is_flag=True, help="Print the JSON schema of recipes.")
+@json_option
+def recipes(name: str | None, schema: bool, as_json: bool) -> None:
+    """List the shipped recipes, or show the one called NAME.
+
+    \b
+    flabc recipes
+    flabc recipes flab-22 > mine.yaml
+    """
+    from flabc import recipe
+
+    if schema:
+        click.echo(json.dumps(recipe.Recipe.model_json_schema(), indent=2))
+        return
+    if name is not None:
+        loaded = recipe.load(name)
+        text = recipe.find(name).read_text(encoding="utf-8")
+        emit(as_json, loaded, lambda: click.echo(text, nl=False))
+        return
+    known = [recipe.load(each) for each in recipe.shipped()]
+    data = [{"name": each.name, "description": each.description} for each in known]
+    emit(as_json, {"recipes": data}, lambda: [click.echo(f"{r['name']:<12} {r['description']}") for r in data] and None)
+
+
+@cli.command()
+@click.option("--model", default="smollm2-135m", show_default=True, help="The model that the project is about.")
+@click.option("--recipe", default="flab-22", show_default=True, help="A shipped recipe or a YAML file.")
+@click.option("--force", is_flag=True, help="Write anew over a flabc.yaml that is there.")
+@json_option
+def init(model: str, recipe: str, force: bool, as_json: bool) -> None:
+    """Write a commented flabc.yaml; beside it the commands need no arguments.
+
+    \b
+    flabc init --model smollm2-135m && flabc compress && flabc export && flabc bench
+    """
+    from flabc import project
+    from flabc import recipe as recipes_module
+
+    recipes_module.load(recipe)  # an unknown name is told now, not at the first compress
+    file = project.init(Path(), model, recipe, force=force)
+    emit(as_json, {"file": str(file)}, lambda: click.echo(f"wrote {file}; next: flabc compress"))
+
+
+@cli.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Say what this machine can do and how to get what is missing.
+
+    \b
+    flabc doctor
+    """
+    from flabc import api
+
+    findings = api.doctor()
+
+    def show() -> None:
+        signs = {"ok": "ok     ", "missing": "missing", "problem": "PROBLEM"}
+        for finding in findings:
+            fix = f"  → {finding.fix}" if finding.fix else ""
+            click.echo(f"{signs[finding.status]}  {finding.name:<26} {finding.detail}{fix}")
+
+    emit(as_json, {"findings": [finding.model_dump() for finding in findings]}, show)
+
+
+def _add_planned(name: str, purpose: str) -> None:
+    """Keep a settled name: it says openly that its work is not in this version."""
+
+    @cli.command(
+        name,
+        help=f"{purpose} Not in this version.",
+        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    )
+    def planned() -> None:
+        raise FlabcError(f"flabc {name} is not in version {__version__}.", fix="See CHANGELOG.md for what is.")
+
+
+for _name, _purpose in PLANNED.items():
+    _add_planned(_name, _purpose)
+
+
+def _show_inspection(found: Inspection) -> None:
+    spec = found.spec
+    click.echo(f"{found.model}: {spec.family}, {len(spec.layers)} layers, hidden {spec.hidden_size}")
+    for part, count in found.parameters.items():
+        share = count / found.total_parameters
+        click.echo(f"  {part:<12} {count / 1e6:9.2f} M  {share:6.1%}")
+    click.echo(f"  {'total':<12} {found.total_parameters / 1e6:9.2f} M")
+    sizes = ", ".join(f"{precision} {count / 1e6:.0f} MB" for precision, count in found.bytes.items())
+    click.echo(f"bytes: {sizes}")
+    click.echo(f"KV cache: {found.kv_bytes_per_token['fp32']:,} bytes per token in fp32, half in fp16")
+    click.echo("what a cut saves:")
+    for cut, count in found.savings.items():
+        click.echo(f"  {cut:<36} {count / 1e6:7.2f} M  {count / found.total_parameters:6.1%}")
+    if found.can_tie:
+        saved = spec.vocab_size * spec.hidden_size
+        click.echo(f"The output matrix repeats the embedding: --tie saves {saved / 1e6:.1f} M parameters.")
+
+
+def _show_compressed(done: Compressed) -> None:
+    bits = done.quality["heldout_bits_per_byte"]
+    click.echo(
+        f"{done.dense.num_parameters / 1e6:.1f} M → {done.spec.num_parameters / 1e6:.1f} M parameters "
+        f"({done.kept - 1:+.1%}); held-out bits per byte {bits['dense']:.3f} → {bits['pruned']:.3f}"
+    )
+    click.echo(f"wrote {done.path}" if done.path else "dry run: nothing written")
+
+
+def main() -> None:
+    """Run the command line; every failure is one readable paragraph and an exit code."""
+    try:
+        code = cli.main(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(_fail("Interrupted.", 130))
+    except BrokenPipeError:
+        # Whoever read our output has gone; do not let the interpreter complain while flushing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except FlabcError as error:
+        sys.exit(_fail(str(error), error.exit_code))
+    except Exception as error:
+        if os.environ.get("FLABC_TRACEBACK"):
+            raise
+        text = f"{type(error).__name__}: {error}".rstrip(". ")
+        sys.exit(_fail(f"Unexpected {text}. Set FLABC_TRACEBACK=1 to see where.", 1))
+
+
+def _fail(message: str, code: int) -> int:
+    if "--json" in sys.argv:
+        click.echo(json.dumps({"error": message}, ensure_ascii=False))
+    click.echo(f"flabc: {message}", err=True)
+    return code

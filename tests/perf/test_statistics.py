@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from flabc.perf.statistics import median, median_ratio, median_ratio_interval, percentile, percentiles
+
+
+def drawn(seed: int, middle: float, count: int = 200) -> list[float]:
+    return (middle * np.random.default_rng(seed).lognormal(0, 0.1, count)).tolist()
+
+
+def test_median_and_percentiles_of_known_samples() -> None:
+    samples = [float(i) for i in range(101)]
+    assert median(samples) == 50
+    assert percentile(samples, 25) == 25
+    assert percentiles(samples) == {"p50": 50, "p90": 90, "p99": 99}
+
+
+def test_median_ratio_ignores_an_outlier() -> None:
+    assert median_ratio([2.0, 2.0, 900.0], [4.0, 4.0, 4.0]) == 0.5
+
+
+def test_interval_covers_the_known_ratio_and_excludes_one() -> None:
+    low, high = median_ratio_interval(drawn(1, 16.0), drawn(2, 20.0))
+    assert low < 0.8 < high < 1
+
+
+def test_interval_covers_about_as_often_as_it_says() -> None:
+    intervals = [
+        median_ratio_interval(drawn(2 * i, 3.0, 40), drawn(2 * i + 1, 4.0, 40), resamples=400)
+        for i in range(200)
+    ]
+    covered = sum(low <= 0.75 <= high for low, high in intervals) / len(intervals)
+    assert 0.90 <= covered <= 0.995
+
+
+def test_interval_is_repeatable_and_follows_the_seed() -> None:
+    a, b = drawn(3, 1.0, 25), drawn(4, 1.0, 25)
+    assert median_ratio_interval(a, b) == median_ratio_interval(a, b)
+    assert median_ratio_interval(a, b, seed=1) != median_ratio_interval(a, b, seed=2)
+
+
+def test_interval_narrows_with_more_samples_and_with_less_confidence() -> None:
+    def width(count: int, confidence: float = 0.95) -> float:
+        low, high = median_ratio_interval(drawn(5, 1.0, count), drawn(6, 1.0, count), confidence=confidence)
+        return high - low
+
+    assert width(400) < width(20)
+    assert width(50, confidence=0.5) < width(50)
+
+
+def test_equal_samples_give_no_width() -> None:
+    assert median_ratio_interval([3.0] * 5, [6.0] * 5) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("sides", [([], [1.0]), ([1.0], []), ([], [])])
+def test_no_samples_is_an_error(sides: tuple[list[float], list[float]]) -> None:
+    with pytest.raises(ValueError, match="no samples"):
+        median_ratio(*sides)
+    with pytest.raises(ValueError, match="no samples"):
+        median_ratio_interval(*sides)

@@ -1,0 +1,174 @@
+# ruff: noqa: RUF001 - the report writes real multiplication signs and dashes
+from __future__ import annotations
+
+import json
+from math import exp, log
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from flabc.perf.table import Row, as_dict, as_markdown, as_rich, interval_text, quantity, rows, times
+from flabc.runtime.measure.result import BenchResult, Sample
+
+KEYS = [
+    "parameters",
+    "bytes_on_disk",
+    "ttft_ms",
+    "tpot_ms",
+    "tokens_per_s",
+    "peak_memory_mib",
+    "perplexity",
+    "bits_per_byte",
+    "kv_bytes_per_token",
+]
+
+
+def changed(result: BenchResult, **fields: Any) -> BenchResult:
+    """The benchmark with other values, the same on both sides."""
+    sides = {name: getattr(result, name).model_copy(update=fields) for name in ("baseline", "candidate")}
+    return result.model_copy(update=sides)
+
+
+def row(ratio: float, interval: tuple[float, float] | None = None, better: Any = "lower") -> Row:
+    return Row("key", "label", "ms", 1.0, ratio, ratio, interval, better)
+
+
+def test_rows_come_in_the_readers_order(result: BenchResult) -> None:
+    assert [row.key for row in rows(result)] == KEYS
+
+
+def test_parameters_of_smollm2_are_the_published_count(result: BenchResult) -> None:
+    parameters = rows(result)[0]
+    assert parameters.dense == 134_515_008
+    assert quantity(parameters.dense, parameters.unit) == "134.5 M"
+
+
+def test_timed_rows_by_hand(result: BenchResult) -> None:
+    # TPOT 2, 4, 3 -> 3 ms; total 14, 18, 16 ms for 3 tokens
+    dense = tuple(Sample(ttft_ms=10, token_ms=(a, b)) for a, b in ((1, 3), (4, 4), (2, 4)))
+    pruned = tuple(Sample(ttft_ms=5, token_ms=(1.5, 1.5)) for _ in range(3))
+    sides = {
+        "baseline": result.baseline.model_copy(update={"samples": dense}),
+        "candidate": result.candidate.model_copy(update={"samples": pruned}),
+    }
+    table = {row.key: row for row in rows(result.model_copy(update=sides))}
+    assert (table["ttft_ms"].dense, table["ttft_ms"].pruned, table["ttft_ms"].ratio) == (10, 5, 0.5)
+    assert (table["tpot_ms"].dense, table["tpot_ms"].pruned, table["tpot_ms"].ratio) == (3, 1.5, 0.5)
+    assert table["tokens_per_s"].dense == pytest.approx(1000 * 3 / 16)
+    assert table["tokens_per_s"].pruned == pytest.approx(1000 * 3 / 8)
+    assert table["tokens_per_s"].better == "higher"
+    assert table["ttft_ms"].interval == (0.5, 0.5)
+    low, high = table["tpot_ms"].interval or (0, 0)
+    assert 1.5 / 4 <= low <= 0.5 <= high <= 1.5 / 2
+
+
+def test_only_timed_rows_have_an_interval(result: BenchResult) -> None:
+    timed = {row.key for row in rows(result) if row.interval is not None}
+    assert timed == {"ttft_ms", "tpot_ms", "tokens_per_s"}
+
+
+def test_perplexity_of_both_is_per_dense_token(result: BenchResult) -> None:
+    table = {row.key: row for row in rows(result)}
+    assert table["perplexity"].dense == pytest.approx(exp(2500 / 1000))
+    assert table["perplexity"].pruned == pytest.approx(exp(2600 / 1000))  # not 2600 / 1100, its own count
+    assert table["bits_per_byte"].pruned == pytest.approx(2600 / log(2) / 4000)
+    assert table["perplexity"].label == "perplexity (per dense token)"
+
+
+def test_cache_bytes_count_the_layers_that_have_attention(result: BenchResult) -> None:
+    cache = rows(result)[-1]
+    assert cache.dense == 2 * 64 * 3 * 30 * 4
+    assert cache.pruned == 2 * 64 * 3 * 23 * 4  # 4 of 27 have none
+
+
+def test_quality_needs_both_sides(result: BenchResult) -> None:
+    blind = result.candidate.model_copy(update={"perplexity": None})
+    keys = [row.key for row in rows(result.model_copy(update={"candidate": blind}))]
+    assert keys == [key for key in KEYS if key not in {"perplexity", "bits_per_byte"}]
+
+
+def test_what_was_not_timed_has_no_row(result: BenchResult) -> None:
+    single = changed(result, samples=(Sample(ttft_ms=9, token_ms=()),) * 4)
+    assert "tpot_ms" not in as_dict(rows(single))
+    assert as_dict(rows(single))["tokens_per_s"]["dense"] == pytest.approx(1000 / 9)
+    assert not {"ttft_ms", "tpot_ms", "tokens_per_s"} & set(as_dict(rows(changed(result, samples=()))))
+
+
+@pytest.mark.parametrize(
+    ("given", "verdict"),
+    [
+        (row(0.8), "better"),
+        (row(1.2), "worse"),
+        (row(1.2, better="higher"), "better"),
+        (row(0.8, better="higher"), "worse"),
+        (row(1.004), "even"),
+        (row(0.9, (0.8, 1.01)), "even"),
+        (row(0.9, (0.88, 0.92)), "better"),
+        (row(0.998, (0.997, 0.999)), "even"),
+    ],
+)
+def test_verdict_needs_effect_and_certainty(given: Row, verdict: str) -> None:
+    assert given.verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (134_515_008, "parameters", "134.5 M"),
+        (6_738_000_000, "parameters", "6.738 B"),
+        (999_999, "parameters", "1.000 M"),
+        (538_120_000, "bytes", "538 MB"),
+        (999_999, "bytes", "1.00 MB"),
+        (26_952_000_000, "bytes", "27.0 GB"),
+        (512, "bytes", "512 B"),
+        (21.34, "ms", "21.3 ms"),
+        (9.996, "ms", "10.0 ms"),
+        (1234.5, "ms", "1,234 ms"),
+        (0.0123, "ms", "0.0123 ms"),
+        (0, "ms", "0.00 ms"),
+        (12.1825, "", "12.18"),
+    ],
+)
+def test_quantity(value: float, unit: str, text: str) -> None:
+    assert quantity(value, unit) == text
+
+
+@pytest.mark.parametrize(
+    ("ratio", "text"),
+    [(0.7777, "0.78×"), (1.0, "1.00×"), (1.004, "1.004×"), (0.034, "0.034×"), (12, "12.00×")],
+)
+def test_times(ratio: float, text: str) -> None:
+    assert times(ratio) == text
+
+
+def test_interval_text_tells_its_ends_apart() -> None:
+    assert interval_text((0.751, 0.812)) == "0.75–0.81"
+    assert interval_text((0.7512, 0.7568)) == "0.751–0.757"
+
+
+def test_markdown_is_one_rectangular_table(result: BenchResult) -> None:
+    lines = as_markdown(rows(result)).splitlines()
+    assert len(lines) == 2 + len(KEYS)
+    assert {line.count("|") for line in lines} == {5}
+    assert lines[0] == "| metric | dense | pruned | ratio |"
+    assert lines[2] == "| parameters | 134.5 M | 98.97 M | 0.74× |"
+
+
+def test_rich_table_fits_a_terminal_and_shows_every_row(result: BenchResult) -> None:
+    console = Console(width=80, record=True, file=None, quiet=False, force_terminal=False)
+    with console.capture() as shown:
+        console.print(as_rich(rows(result)))
+    text = shown.get()
+    assert [column.header for column in as_rich([]).columns] == ["metric", "dense", "pruned", "ratio"]
+    assert all(row.label in text for row in rows(result))
+    assert "134.5 M" in text
+
+
+def test_dict_is_json_and_keeps_full_precision(result: BenchResult) -> None:
+    table = rows(result)
+    data = json.loads(json.dumps(as_dict(table)))
+    assert list(data) == KEYS
+    assert data["tpot_ms"]["ratio"] == table[3].ratio
+    assert data["tpot_ms"]["interval"] == list(table[3].interval or ())
+    assert data["perplexity"]["verdict"] == "worse"

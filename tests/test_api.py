@@ -1,0 +1,105 @@
+"""The Python API: exported names, and the whole walk through it on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import flabc
+from flabc import api
+from flabc.artifact import Artifact
+from flabc.errors import ArtifactError, UnknownNameError
+from flabc.runtime.measure.result import Workload
+from flabc.spec import ModelSpec
+
+
+def test_every_exported_name_is_there_and_documented() -> None:
+    for module in (flabc, api):
+        for name in module.__all__:
+            found = getattr(module, name)
+            assert isinstance(found, str) or found.__doc__, name
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        flabc.nonsense  # noqa: B018
+
+
+def test_inspect_counts_what_transformers_counts(any_tiny: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    found = api.inspect(str(any_tiny))
+    assert found.total_parameters == AutoModelForCausalLM.from_pretrained(any_tiny).num_parameters()
+    assert found.savings["one layer"] > 0
+
+
+def test_compress_reaches_the_target_and_records_itself(tiny_checkpoint: Path) -> None:
+    manifest = Artifact.open(tiny_checkpoint, "checkpoint").manifest
+    assert manifest.recipe is not None
+    assert [stage["stage"] for stage in manifest.recipe["stages"]] == ["vocab", "layers", "ffn"]
+    stages = manifest.receipts["stages"]
+    assert [receipt["stage"] for receipt in stages] == ["vocab", "layers", "ffn"]
+    assert manifest.spec == ModelSpec.from_config(json.loads((tiny_checkpoint / "config.json").read_text()))
+    assert stages[-1]["parameters"] == manifest.spec.num_parameters
+    assert manifest.receipts["quality"]["calibration"] != manifest.receipts["quality"]["heldout"]
+
+
+def test_the_target_is_reached_from_below_by_less_than_a_step(tiny_checkpoint: Path, tiny: object) -> None:
+    dense = api.inspect(str(tiny("qwen2-tied"))).total_parameters  # type: ignore[operator]
+    spec = Artifact.open(tiny_checkpoint).manifest.spec
+    assert spec is not None
+    step = 8 * 3 * spec.hidden_size * len(spec.layers)
+    assert 0.7 * dense - step <= spec.num_parameters <= 0.7 * dense
+
+
+def test_compress_is_repeatable(tiny: object, tiny_recipe: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    api.compress(str(tiny("qwen2-tied")), tiny_recipe, tmp_path / "again")  # type: ignore[operator]
+    first, second = (Artifact.open(path).manifest.files for path in (tiny_checkpoint, tmp_path / "again"))
+    assert first == second
+
+
+def test_a_dry_run_writes_nothing(tiny: object, tiny_recipe: Path, tmp_path: Path) -> None:
+    done = api.compress(str(tiny("llama-tied")), tiny_recipe, None)  # type: ignore[operator]
+    assert done.path is None
+    assert done.spec.num_parameters < done.dense.num_parameters
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_folder_is_refused_before_any_work(tiny_recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(ArtifactError, match="--force"):
+        api.compress("no-such-model", tiny_recipe, tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_export_carries_the_proof_on(tiny_checkpoint: Path, tiny_engine: Path) -> None:
+    manifest = Artifact.open(tiny_engine, "engine").manifest
+    assert manifest.receipts["parity"]["holds"] is True
+    assert manifest.receipts["parity"]["greedy_steps"] == 64
+    assert manifest.recipe == Artifact.open(tiny_checkpoint).manifest.recipe
+
+
+def test_evaluate_agrees_between_torch_and_the_engine(tiny_checkpoint: Path, tiny_engine: Path) -> None:
+    torch_side, engine_side = (api.evaluate(folder) for folder in (tiny_checkpoint, tiny_engine))
+    assert torch_side.sums.tokens == engine_side.sums.tokens
+    assert engine_side.perplexity == pytest.approx(torch_side.perplexity, rel=1e-4)
+
+
+def test_an_unknown_task_is_told(tiny_engine: Path) -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'perplexity'"):
+        api.evaluate(tiny_engine, task="perplexty")
+
+
+def test_bench_measures_both_sides_alike(tiny_engine: Path, tiny_dense_engine: Path, tmp_path: Path) -> None:
+    workload = Workload(prompt_tokens=16, output_tokens=8, rounds=2)
+    done = api.bench(tiny_engine, tiny_dense_engine, tmp_path / "report", workload=workload)
+    result = api.read_bench(done.path)
+    for side in (result.baseline, result.candidate):
+        assert len(side.samples) == 4
+        assert all(len(sample.token_ms) == 7 for sample in side.samples)
+        assert side.perplexity is not None
+    assert result.baseline.perplexity.bytes == result.candidate.perplexity.bytes  # type: ignore[union-attr]
+    assert done.table["parameters"]["ratio"] < 1
+    assert "<svg" in done.html.read_text(encoding="utf-8")
