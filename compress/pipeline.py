@@ -14,17 +14,23 @@ from flabc.console import note
 from flabc.errors import FlabcError, StageError
 
 from .channels import FFN
-from .config import Calibration, Config, FFNConfig, LayersConfig, Target, VocabConfig
+from .config import Calibration, Config, FFNConfig, LayersConfig, RestoreConfig, Target, VocabConfig
 from .data import corpus
 from .data.corpus import Document
 from .layers import LAYERS
 from .model import CausalLM
+from .restore import RESTORE
 from .stage import Context, Stage, encoder
 from .vocab import VOCAB
 from .walk import Walk, dense_variant
 
 #: The stages, by the config that asks for them.
-STAGES: dict[type[Config], Stage[Any, Any]] = {VocabConfig: VOCAB, LayersConfig: LAYERS, FFNConfig: FFN}
+STAGES: dict[type[Config], Stage[Any, Any]] = {
+    VocabConfig: VOCAB,
+    LayersConfig: LAYERS,
+    FFNConfig: FFN,
+    RestoreConfig: RESTORE,
+}
 
 #: Held-out windows, and their length in tokens, on which the result is compared with the dense model.
 CHECKED_WINDOWS, CHECKED_LENGTH = 8, 512
@@ -86,7 +92,10 @@ def run(
     quality = {
         "calibration": corpus.fingerprint(context.documents),
         "heldout": corpus.fingerprint(context.heldout),
-        "heldout_bits_per_byte": {"dense": bits_per_byte(dense, context), "pruned": bits_per_byte(model, context)},
+        "heldout_bits_per_byte": {
+            "dense": bits_per_byte(dense, context),
+            "pruned": bits_per_byte(model, context),
+        },
     }
     return model, receipts, quality
 
@@ -95,14 +104,16 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     """The fastest dtype that scores well: bfloat16 where the hardware multiplies it, else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+    if device.type == "cpu":
         return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
     return torch.float32
 
 
 def bits_per_byte(model: CausalLM, context: Context) -> float:
     """What the model needs to encode held-out text, independent of its tokens; windows are cut by characters."""
-    texts = [Document(d.name, d.text[: 3 * CHECKED_LENGTH]) for d in context.heldout if len(d.text) > 3 * CHECKED_LENGTH]
+    texts = [
+        Document(d.name, d.text[: 3 * CHECKED_LENGTH]) for d in context.heldout if len(d.text) > 3 * CHECKED_LENGTH
+    ]
     tokenizer = encoder(model.tokenizer)
     nats = weight = 0.0
     for document in texts[:CHECKED_WINDOWS]:
@@ -116,12 +127,11 @@ def bits_per_byte(model: CausalLM, context: Context) -> float:
     return round(nats / log(2) / max(1.0, weight), 5)
 
 
-def _context(
-    model: CausalLM, target: Target | None, calibration: Calibration, device: str, seed: int
-) -> Context:
+def _context(model: CausalLM, target: Target | None, calibration: Calibration, device: str, seed: int) -> Context:
     torch.manual_seed(seed)
     place = torch.device(device)
     return Context(
+        dense=model,
         calibration=calibration,
         documents=corpus.load(calibration.corpus, "calibration"),
         heldout=corpus.load(calibration.corpus, "heldout"),
@@ -130,6 +140,3 @@ def _context(
         dtype=compute_dtype(place),
         seed=seed,
     )
-
-
-

@@ -1,19 +1,118 @@
-"""Restoration: after a cut, refit what is left to what was there."""
+"""Restoration: after a cut, refit what is left to what was there, in closed form and without training.
+
+``refit`` repairs one projection whose inputs were cut. The restore stage goes through the whole model: layer after
+layer, each FFN output projection is refitted so that the cut model's hidden states, as they are after all the cuts
+below, follow the dense model's. It also makes up for layers that are gone, which no local refit can.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from flabc.console import progress
+
+from .config import RestoreConfig
+from .model import CausalLM, cut_vocab
+from .stage import Context, Plan, Stage
+from .walk import BATCH, WHOLE, Walk, build_layer, forward
 
 #: Damping of the normal equations, as a share of the mean diagonal (GPTQ's convention, Frantar et al., 2022).
 DAMPING = 0.01
+
+
+@dataclass(frozen=True)
+class RestorePlan(Plan):
+    """The refitted output projection of each layer, (D, F), float32."""
+
+    down: Mapping[int, Tensor] = field(default_factory=dict)
+
+
+def plan(model: CausalLM, config: RestoreConfig, context: Context) -> RestorePlan:
+    """Refit every layer's FFN output projection to the dense model's hidden states."""
+    tokens = context.tokens(model)
+    targets = dense_states(model, context, tokens)
+    walk = Walk(model, tokens, context.device, context.dtype)
+    hidden = nn.functional.embedding(tokens.to(context.device), model.tensor("embedding").to(context.device))
+    positions = walk.positions(hidden.to(context.dtype))
+    down, before, after = {}, 0.0, 0.0
+    with torch.no_grad(), progress("restoring layers", len(model.spec.layers)) as advance:
+        for layer, target in enumerate(targets):
+            hidden, inputs = _through(walk, layer, hidden, positions)
+            before = _distance(hidden, target)
+            if inputs is not None:
+                gap = (target.float() - hidden).flatten(0, 1)  # (N * T, D)
+                change = explain(gap, inputs, config.damping)
+                down[layer] = model.tensor("down", layer).float() + change.cpu()
+                hidden = hidden + (inputs.float() @ change.T).view_as(hidden)
+            after = _distance(hidden, target)
+            advance(1)
+    details = {"refitted": len(down), "last_layer_before": round(before, 6), "last_layer": round(after, 6)}
+    summary = f"restore: {len(down)} output projections refitted; last hidden states {after:.2%} from dense"
+    return RestorePlan(summary, details, down)
+
+
+def apply(model: CausalLM, plan: RestorePlan) -> CausalLM:
+    """Put the refitted projections in place."""
+    refitted = {model.name("down", layer): tensor.to(model.dtype) for layer, tensor in plan.down.items()}
+    return replace(model, weights={**model.weights, **refitted})
+
+
+RESTORE: Stage[RestoreConfig, RestorePlan] = Stage(plan, apply)
+
+
+def dense_states(model: CausalLM, context: Context, tokens: Tensor) -> Iterator[Tensor]:
+    """The dense model's hidden states where each layer of the cut model ends, (N, T, D), computed as they are needed.
+
+    A layer stands for itself and for those removed between it and the one before it; what was removed behind the
+    last layer is the last one's to make up for.
+
+    Args:
+        model: the cut model.
+        context: has the dense model.
+        tokens: in the cut model's ids, (N, T).
+    """
+    dense = cut_vocab(context.dense, model.token_origin)
+    walk = Walk(dense, tokens, context.device, context.dtype)
+    hidden = nn.functional.embedding(tokens.to(context.device), dense.tensor("embedding").to(context.device))
+    hidden = hidden.to(context.dtype)
+    positions = walk.positions(hidden)
+    ends = [*model.layer_origin[:-1], len(dense.spec.layers) - 1]
+    begin = 0
+    for end in ends:
+        with torch.no_grad():
+            for index in range(begin, end + 1):
+                layer = build_layer(dense, index, WHOLE, walk.fetch(index))
+                hidden = torch.cat([forward(layer, part, positions) for part in torch.split(hidden, BATCH)])
+        begin = end + 1
+        yield hidden
+
+
+def explain(gap: Tensor, inputs: Tensor, damping: float) -> Tensor:
+    """The change of a projection that makes up best for a gap in its output.
+
+    Minimises ||gap - X Δᵀ||² + λ ||Δ||² over Δ.
+
+    Args:
+        gap: what the output lacks, (tokens, D).
+        inputs: what the projection receives, X, (tokens, F).
+        damping: λ as a share of the mean diagonal of XᵀX.
+
+    Returns:
+        Δ, (D, F), float32.
+    """
+    x = inputs.float()
+    return _solve((x.T @ x).double(), (x.T @ gap.float()).double(), damping).T.float()
 
 
 def refit(weight: Tensor, gram: Tensor, keep: Tensor, damping: float = DAMPING) -> Tensor:
     """The projection from the kept inputs that comes nearest to the dense output on the calibration inputs.
 
     Minimises ||X Wᵀ - X_k W_kᵀ||² + λ ||W_k - W[:, k]||² over W_k, which the Gram matrix G = XᵀX gives in closed
-    form: W_k = (W G[:, k] + λ W[:, k]) (G[k, k] + λI)⁻¹. Damped towards the weights that were there, not to zero.
+    form. Damped towards the weights that were there, not to zero.
 
     Args:
         weight: the dense projection W, (D, F).
@@ -25,8 +124,33 @@ def refit(weight: Tensor, gram: Tensor, keep: Tensor, damping: float = DAMPING) 
         W_k, (D, len(keep)), float32.
     """
     gram, weight = gram.double(), weight.double()
-    kept = gram[keep][:, keep]
-    ridge = damping * kept.diagonal().mean()
-    right = weight @ gram[:, keep] + ridge * weight[:, keep]  # (D, K)
-    factor = torch.linalg.cholesky(kept + ridge * torch.eye(len(keep), dtype=kept.dtype, device=kept.device))
-    return torch.cholesky_solve(right.T, factor).T.float()
+    gone = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
+    gone[keep] = False
+    # What the removed inputs gave is the gap that the kept ones have to explain.
+    change = _solve(gram[keep][:, keep], gram[keep][:, gone] @ weight[:, gone].T, damping)  # (K, D)
+    return (weight[:, keep] + change.T).float()
+
+
+def _solve(gram: Tensor, right: Tensor, damping: float) -> Tensor:
+    """(G + λI)⁻¹ R with λ as a share of G's mean diagonal; G symmetric, float64."""
+    ridge = damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.cholesky_solve(right, torch.linalg.cholesky(gram + ridge))
+
+
+def _through(walk: Walk, index: int, hidden: Tensor, positions: Mapping[str, object]) -> tuple[Tensor, Tensor | None]:
+    """One layer of the cut model: its output, (N, T, D), float32, and its projection's inputs, (N * T, F), if any."""
+    model = walk.model
+    layer = build_layer(model, index, WHOLE, walk.fetch(index))
+    seen: list[Tensor] = []
+    if model.spec.layers[index].has_ffn:
+        projection = layer.get_submodule(model.inner_name("down", index).removesuffix(".weight"))
+        projection.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
+    parts = torch.split(hidden.to(walk.dtype), BATCH)
+    output = torch.cat([forward(layer, part, positions) for part in parts]).float()
+    return output, torch.cat(seen) if seen else None
+
+
+def _distance(hidden: Tensor, target: Tensor) -> float:
+    """||h - t||² / ||t||²."""
+    wanted = target.float()
+    return float((hidden - wanted).square().sum() / wanted.square().sum())

@@ -36,7 +36,8 @@ class Heard:
 
 def magnitude(heard: Heard) -> Tensor:
     """The norm of the channel's output weights, (F,): no calibration."""
-    return heard.down.norm(dim=0)
+    norm: Tensor = heard.down.norm(dim=0)
+    return norm
 
 
 def activation(heard: Heard) -> Tensor:
@@ -46,7 +47,11 @@ def activation(heard: Heard) -> Tensor:
 
 def wanda(heard: Heard) -> Tensor:
     """Activation norm times weight norm, (F,): Wanda (Sun et al., 2023) for whole channels."""
-    return heard.mean_square.sqrt() * heard.down.norm(dim=0)
+    return heard.mean_square.sqrt() * magnitude(heard)
 
 
-SCORES: dict[str, Callable[[Heard], Tensor]] = {"activation": activation, "magnitude": magnitude, "wanda": wanda}
+SCORES: dict[str, Callable[[Heard], Tensor]] = {
+    "activation": activation,
+    "magnitude": magnitude,
+    "wanda": wanda,
+}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -44,6 +43,7 @@ class Context:
     """What every stage may use.
 
     Args:
+        dense: the model before any cut.
         calibration: how much text to listen to.
         documents: calibration text.
         heldout: text that is never calibrated on.
@@ -53,6 +53,7 @@ class Context:
         seed: what picks the sequences.
     """
 
+    dense: CausalLM
     calibration: Calibration
     documents: Sequence[Document]
     heldout: Sequence[Document]
@@ -85,10 +86,13 @@ class Stage(Generic[C, P]):
 
 
 def encoder(files: TokenizerFiles) -> Tokenizer:
-    """The tokenizer as a ``tokenizers.Tokenizer``."""
+    """The tokenizer as a ``tokenizers.Tokenizer`` that gives every text whole, whatever its file says."""
     import json
 
-    return Tokenizer.from_str(json.dumps(files.tokenizer))
+    tokenizer = Tokenizer.from_str(json.dumps(files.tokenizer))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def sequences(tokenizer: Tokenizer, documents: Sequence[Document], count: int, length: int, seed: int) -> Tensor:
@@ -102,8 +106,8 @@ def sequences(tokenizer: Tokenizer, documents: Sequence[Document], count: int, l
     long_enough = [document for document in documents if len(document.text) >= length]
     sizes = np.array([len(document.text) for document in long_enough], dtype=float)
     windows: list[list[int]] = []
-    order = rng.choice(len(sizes), size=len(sizes), replace=False, p=sizes / sizes.sum()) if len(sizes) else []
-    for index in order:
+    weights = sizes / max(1.0, sizes.sum())
+    for index in rng.choice(len(sizes), len(sizes), replace=False, p=weights) if len(sizes) else ():
         ids = tokenizer.encode(long_enough[index].text, add_special_tokens=False).ids
         if len(ids) >= length:
             start = int(rng.integers(0, len(ids) - length + 1))

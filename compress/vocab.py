@@ -10,6 +10,7 @@ import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -54,9 +55,11 @@ def plan(model: CausalLM, config: VocabConfig, context: Context) -> VocabPlan:
         kept = pairs.shrink(kept, fixed, dict(enumerate(counts.tolist())), size)
     elif size > len(kept):
         kept = pairs.grow(kept, size)
+        rest = (index for index in range(model.spec.vocab_size) if index not in kept)  # padding rows: no token's
+        kept |= set(islice(rest, size - len(kept)))
     keep = tuple(sorted(kept))
     inflation = _inflation(tokenizer, model.tokenizer, keep, context.heldout)
-    summary = f"vocab: keep {len(keep):,} of {model.spec.vocab_size:,} tokens; held-out text grows by {inflation - 1:.2%}"
+    summary = f"vocab: keep {len(keep):,} of {model.spec.vocab_size:,} tokens; held-out text grows {inflation - 1:.2%}"
     details = {
         "rows": len(keep),
         "rows_before": model.spec.vocab_size,
@@ -123,17 +126,22 @@ def template_texts(files: TokenizerFiles) -> list[str]:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}
     special = {key: value for key, value in files.config.items() if key.endswith("_token")}
-    texts = []
-    for messages, tools in ((turns, None), ([{"role": "system", "content": "s"}, *turns], None), (turns, [tool])):
+    texts: list[str] = []
+    conversations: list[tuple[list[Any], list[Any] | None]] = [
+        (turns, None),
+        ([{"role": "system", "content": "s"}, *turns], None),
+        (turns, [tool]),
+    ]
+    for messages, tools in conversations:
         for prompt in (False, True):
             try:
-                rendered, _ = render_jinja_template(
+                rendered: Any = render_jinja_template(
                     [messages],
                     tools=tools,
                     chat_template=files.chat_template,
                     add_generation_prompt=prompt,
                     **special,
-                )
+                )[0]
             except TemplateError:  # a template may refuse a role: then it never emits it
                 continue
             texts += rendered
@@ -156,6 +164,8 @@ def remap_tokenizer(files: TokenizerFiles, keep: Sequence[int]) -> TokenizerFile
     content["model"]["merges"] = [list(pair) for pair in pairs.surviving_merges(set(keep))]
     for entry in content.get("added_tokens", []):
         entry["id"] = new_ids[entry["id"]]
+    if content.get("padding"):
+        content["padding"]["pad_id"] = new_ids[content["padding"]["pad_id"]]
     _remap_post_processor(content.get("post_processor"), new_ids)
     config = dict(files.config)
     if "added_tokens_decoder" in config:  # written by transformers 4
@@ -170,19 +180,17 @@ def remap_ids(config: Mapping[str, Any], new_ids: Mapping[int, int]) -> dict[str
 
 
 def _rows(needed: int, model: CausalLM, config: VocabConfig, context: Context) -> int:
-    """How many rows to keep: what is needed, within ``max_size`` and the target, as a multiple."""
+    """How many rows to keep: what is needed, as a multiple within ``max_size``; the target goes before both."""
     per_row = model.spec.hidden_size * (1 if model.spec.tie_word_embeddings else 2)
-    rows = min(needed, config.max_size or needed)
-    rows = max(rows, model.spec.vocab_size - context.spare(model) // per_row)
+    least = model.spec.vocab_size - context.spare(model) // per_row
+    rows = max(min(needed, config.max_size or needed), least)
     padded = -(-rows // config.multiple_of) * config.multiple_of
-    if config.max_size is not None and padded > config.max_size:
+    if config.max_size is not None and padded > config.max_size and padded - config.multiple_of >= least:
         padded -= config.multiple_of
     return max(1, min(padded, model.spec.vocab_size))
 
 
-def _inflation(
-    dense: Tokenizer, files: TokenizerFiles, keep: Sequence[int], documents: Sequence[Document]
-) -> float:
+def _inflation(dense: Tokenizer, files: TokenizerFiles, keep: Sequence[int], documents: Sequence[Document]) -> float:
     """Tokens of held-out text after over before; also proves that the new tokenizer gives every text back.
 
     Raises:

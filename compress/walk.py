@@ -91,7 +91,7 @@ class Walk:
         embedding = self.model.tensor("embedding").to(self.device, self.dtype)
         start = nn.functional.embedding(self.tokens.to(self.device), embedding)  # (N, T, D)
         states: dict[Variant, Tensor] = {(): start}
-        positions = self._positions(start)
+        positions = self.positions(start)
         with progress("walking the layers", sum(steps_of(wanted))) as advance:
             for index in range(len(self.model.spec.layers)):
                 branches = dict.fromkeys(variant[: index + 1] for variant in wanted)
@@ -108,21 +108,25 @@ class Walk:
         advance: Callable[[int], None],
     ) -> dict[Variant, Tensor]:
         """One layer for all prefixes that end in it; the weights are fetched once."""
-        weights = {name: t.to(self.device, self.dtype) for name, t in self.model.layer_weights(index).items()}
+        weights = self.fetch(index)
         after: dict[Variant, Tensor] = {}
         for prefix in branches:
             hidden = states[prefix[:-1]]
             if not prefix[-1].skips:
                 layer = build_layer(self.model, index, prefix[-1], weights)
                 handle = listener(index, layer) if listener else None
-                hidden = torch.cat([_forward(layer, part, positions) for part in hidden.split(BATCH)])
+                hidden = torch.cat([forward(layer, part, positions) for part in torch.split(hidden, BATCH)])
                 if handle:
                     handle.remove()
                 advance(1)
             after[prefix] = hidden
         return after
 
-    def _positions(self, hidden: Tensor) -> dict[str, Any]:
+    def fetch(self, index: int) -> dict[str, Tensor]:
+        """One layer's weights, where and in the precision that the walk computes."""
+        return {name: t.to(self.device, self.dtype) for name, t in self.model.layer_weights(index).items()}
+
+    def positions(self, hidden: Tensor) -> dict[str, Any]:
         """What every layer needs to know about positions: ids and rotary cos and sin."""
         ids = torch.arange(self.tokens.shape[1], device=self.device)[None]
         rotary = _class(self.model.family.rotary)(config=layer_config(self.model, 0)).to(self.device)
@@ -146,7 +150,10 @@ class Walk:
             }
 
     def costs(
-        self, dense: Tensor, variants: Mapping[Variant, Tensor], criterion: Callable[[Readout, Readout], Tensor]
+        self,
+        dense: Tensor,
+        variants: Mapping[Variant, Tensor],
+        criterion: Callable[[Readout, Readout], Tensor],
     ) -> dict[Variant, float]:
         """The mean cost per token of each variant against the dense hidden states.
 
@@ -189,7 +196,10 @@ def build_layer(model: CausalLM, index: int, decision: Decision, weights: Mappin
         weights: the layer's tensors by their names inside the layer.
     """
     shape = model.spec.layers[index]
-    present = {Part.ATTENTION: decision.attention and shape.has_attention, Part.FFN: decision.ffn and shape.has_ffn}
+    present = {
+        Part.ATTENTION: decision.attention and shape.has_attention,
+        Part.FFN: decision.ffn and shape.has_ffn,
+    }
     with torch.device("meta"):
         layer: nn.Module = _class(model.family.decoder_layer)(layer_config(model, index), 0)
     for slot in model.family.layer_tensors:
@@ -234,10 +244,12 @@ def _silence(layer: nn.Module, parameter: str) -> None:
     setattr(layer, child, nn.Identity() if is_norm else _Absent(returns_pair="attn" in child))
 
 
-def _forward(layer: nn.Module, hidden: Tensor, positions: Mapping[str, Any]) -> Tensor:
+def forward(layer: nn.Module, hidden: Tensor, positions: Mapping[str, Any]) -> Tensor:
+    """One layer over some sequences, (N, T, D) to (N, T, D)."""
     # No mask: transformers' sdpa is causal then.
     result = layer(hidden, attention_mask=None, past_key_values=None, use_cache=False, **positions)
-    return result[0] if isinstance(result, tuple) else result
+    output: Tensor = result[0] if isinstance(result, tuple) else result
+    return output
 
 
 def _log_probs(hidden: Tensor, norm: Tensor, matrix: Tensor, eps: float) -> Tensor:

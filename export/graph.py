@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -59,12 +60,12 @@ class Graph:
 
         return self._initializer(name, ir.LazyTensor(tensor, ir.DataType.FLOAT, ir.Shape(shape), name=name))
 
-    def op(self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: object) -> ir.Value:
+    def op(self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
         """A node with one output."""
         return self.tape.op(kind, list(inputs), attributes or None, domain=domain)
 
     def linear(self, x: ir.Value, roles: tuple[str, ...], layer: int) -> ir.Value:
-        """x Wᵀ + b, (B, S, in) to (B, S, out); several roles side by side become one product."""
+        """X Wᵀ + b, (B, S, in) to (B, S, out); several roles side by side become one product."""
         shape = self.spec.layers[layer]
         name = f"model.layers.{layer}.{'_'.join(roles)}"
         rows = [self._axes(role, shape) for role in roles]
@@ -106,7 +107,9 @@ def build(graph: Graph, dialect: Dialect, *, scoring: bool = False) -> ir.Model:
     ids = _input("input_ids", ir.DataType.INT64, ("batch", "sequence"))
     dialect.begin(graph, ids)
     embedding = graph.weight(
-        "model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size), lambda: graph.weights.get("embedding")
+        "model.embed_tokens.weight",
+        (spec.vocab_size, spec.hidden_size),
+        lambda: graph.weights.get("embedding"),
     )
     residual, branch = graph.op("Gather", embedding, ids), None  # (B, S, D)
     for index, layer in enumerate(spec.layers):
@@ -140,8 +143,8 @@ def _logits(graph: Graph, x: ir.Value, embedding: ir.Value) -> ir.Value:
     flat = graph.op("Reshape", x, graph.constant("rows_of_hidden", np.array([-1, spec.hidden_size])))
     product = graph.op("Gemm", flat, matrix, transB=1)  # (B * S, V)
     outer = graph.op("Shape", x, start=0, end=2)
-    shape = graph.op("Concat", outer, graph.constant("vocab_size", np.array([spec.vocab_size])), axis=0)
-    return graph.op("Reshape", product, shape)
+    size = graph.op("Concat", outer, graph.constant("vocab_size", np.array([spec.vocab_size])), axis=0)
+    return graph.op("Reshape", product, size)
 
 
 def _model(graph: Graph, dialect: Dialect, ids: ir.Value, logits: ir.Value, scoring: bool) -> ir.Model:
@@ -155,7 +158,7 @@ def _model(graph: Graph, dialect: Dialect, ids: ir.Value, logits: ir.Value, scor
         outputs=[logits, *dialect.outputs],
         nodes=graph.tape.nodes,
         initializers=initializers,
-        opset_imports=dialect.opsets,
+        opset_imports=dict(dialect.opsets),
         name=f"{spec.family}_scoring" if scoring else spec.family,
     )
     return ir.Model(inner, ir_version=IR_VERSION, producer_name="flabc")

@@ -115,7 +115,7 @@ def check(engine: Answers, reference: Answers, text_ids: Sequence[int], *, max_b
         raise ParityError(
             "The engine does not say what the model says.",
             expected=f"logits within {parity.tolerance:g} of the reference, and the same greedy tokens",
-            found=f"a difference of {parity.max_relative:.3g}, {parity.greedy_mismatches} of {len(steps)} tokens differ",
+            found=f"a difference of {parity.max_relative:.3g}, {parity.greedy_mismatches} of {len(steps)} tokens",
             fix="No folder was written. This is a fault in flabc or ONNX Runtime: please report it.",
         )
     return parity
@@ -127,9 +127,7 @@ def _one(engine: Answers, reference: Answers, prompt: Ids) -> tuple[Logits, Logi
     return _both(engine, reference, 1, prompt, counts)
 
 
-def _both(
-    engine: Answers, reference: Answers, batch: int | None, ids: Ids, counts: Ids
-) -> tuple[Logits, Logits]:
+def _both(engine: Answers, reference: Answers, batch: int | None, ids: Ids, counts: Ids) -> tuple[Logits, Logits]:
     if batch is not None:
         reference.start(batch)
         engine.start(batch)

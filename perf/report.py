@@ -94,9 +94,7 @@ def write_html(result: BenchResult, file: Path, title: str = TITLE) -> None:
     from markupsafe import Markup
 
     source = resources.files("flabc.perf").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    page = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     table = rows(result)
     text = page.from_string(source).render(
         title=title,
@@ -132,11 +130,7 @@ def summary(table: Sequence[Row]) -> str:
     }
     gained, paid = said["better"], said["worse"]
     unclear = [row.label for row in table if row.key in HEADLINES and row.verdict == "even"]
-    text = (
-        f"The pruned model has {_listed(gained)}."
-        if gained
-        else "The pruned model gained nothing measurable."
-    )
+    text = f"The pruned model has {_listed(gained)}." if gained else "The pruned model gained nothing measurable."
     text += f" The cost: {_listed(paid)}." if paid else ""
     text += f" No clear change in {_listed(unclear)}." if unclear else ""
     if not any(row.key == "perplexity" for row in table):
@@ -188,9 +182,7 @@ def svg(plot: Plot) -> str:
     """
     settings = {"svg.fonttype": "none", "svg.hashsalt": plot.name, "font.size": 9, "path.simplify": False}
     with require("matplotlib", "report").rc_context(settings):
-        figure = require("matplotlib.figure", "report").Figure(
-            figsize=(4.4, plot.height), layout="constrained"
-        )
+        figure = require("matplotlib.figure", "report").Figure(figsize=(4.4, plot.height), layout="constrained")
         axes = figure.subplots()
         _bare(axes)
         plot.draw(axes)
@@ -247,9 +239,7 @@ def _distribution(name: str, title: str, dense: Sequence[float], pruned: Sequenc
             axes.scatter(ms, lanes, s=20, color=INKS[side], alpha=0.9, linewidths=0)
             middle = median(ms)
             axes.plot([middle, middle], [center - 0.32, center + 0.32], color=INKS["ink"], linewidth=1.6)
-            axes.text(
-                middle, center + 0.36, quantity(middle, "ms"), ha="center", va="bottom", color=INKS["ink"]
-            )
+            axes.text(middle, center + 0.36, quantity(middle, "ms"), ha="center", va="bottom", color=INKS["ink"])
         axes.set_ylim(-0.5, 1.62)
         axes.set_yticks([1, 0], ["dense", "pruned"], color=INKS["ink"])
         axes.margins(x=0.12)
@@ -279,9 +269,7 @@ def _over_position(dense: Sequence[Sample], pruned: Sequence[Sample]) -> Plot:
         axes.set_xlabel("output token")
         axes.set_ylabel("ms")
 
-    caption = (
-        "The line is the median over runs, the band reaches from p10 to p90. A slope is the price of context."
-    )
+    caption = "The line is the median over runs, the band reaches from p10 to p90. A slope is the price of context."
     return Plot("position", "Time per token over the run", caption, spoken, draw)
 
 
@@ -294,14 +282,9 @@ def _paces(samples: Sequence[Sample]) -> list[tuple[float, float, float]]:
 def _by_component(dense: ModelSpec, pruned: ModelSpec) -> Plot:
     counts = {"dense": _components(dense), "pruned": _components(pruned)}
     whole = max(sum(parts.values()) for parts in counts.values())
-    names = [
-        name
-        for name in counts["dense"]
-        if any(parts[name] > VISIBLE_SHARE * whole for parts in counts.values())
-    ]
+    names = [name for name in counts["dense"] if any(parts[name] > VISIBLE_SHARE * whole for parts in counts.values())]
     spoken = "; ".join(
-        f"{side}: " + ", ".join(f"{name} {scaled(parts[name], 3)}" for name in names)
-        for side, parts in counts.items()
+        f"{side}: " + ", ".join(f"{name} {scaled(parts[name], 3)}" for name in names) for side, parts in counts.items()
     )
 
     def draw(axes: Axes) -> None:
@@ -309,14 +292,10 @@ def _by_component(dense: ModelSpec, pruned: ModelSpec) -> Plot:
             left = 0
             for name in names:
                 width = parts[name]
-                axes.barh(
-                    y, width, left=left, height=0.62, color=INKS[name], edgecolor=INKS["page"], linewidth=1.5
-                )
+                axes.barh(y, width, left=left, height=0.62, color=INKS[name], edgecolor=INKS["page"], linewidth=1.5)
                 if width > 0.11 * whole:
                     label = f"{name}\n" * (width > 0.19 * whole) + scaled(width, 3)
-                    axes.text(
-                        left + width / 2, y, label, ha="center", va="center", color=INKS["ink"], fontsize=8
-                    )
+                    axes.text(left + width / 2, y, label, ha="center", va="center", color=INKS["ink"], fontsize=8)
                 left += width
             axes.text(left + 0.012 * whole, y, scaled(left, 4), va="center", color=INKS["ink"])
         axes.set_xlim(0, 1.17 * whole)
@@ -344,9 +323,7 @@ def _shapes(dense: ModelSpec, pruned: ModelSpec) -> Iterator[Plot]:
     yield _shape("heads", "Attention heads per layer", "num_attention_heads", caption, *heads)
 
 
-def _shape(
-    name: str, title: str, unit: str, caption: str, before: Sequence[int], after: Sequence[int]
-) -> Plot:
+def _shape(name: str, title: str, unit: str, caption: str, before: Sequence[int], after: Sequence[int]) -> Plot:
     spoken = f"dense: {_spoken_sizes(before)}; pruned: {_spoken_sizes(after)}"
 
     def draw(axes: Axes) -> None:

@@ -203,6 +203,4 @@ def _timed(
     better: Better = "lower",
 ) -> Row:
     a, b = ([metric(sample) for sample in samples] for samples in (pruned, dense))
-    return Row(
-        key, label, unit, median(b), median(a), median_ratio(a, b), median_ratio_interval(a, b), better
-    )
+    return Row(key, label, unit, median(b), median(a), median_ratio(a, b), median_ratio_interval(a, b), better)

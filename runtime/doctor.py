@@ -70,7 +70,9 @@ def _processor() -> Finding:
 
 def _memory() -> Finding:
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(Path.cwd())
-    detail = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free, disk {disk.free / 2**30:.0f} GiB free"
+    detail = (
+        f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free, disk {disk.free / 2**30:.0f} GiB free"
+    )
     return Finding(name="memory", status="ok", detail=detail)
 
 
@@ -100,7 +102,12 @@ def _clash() -> Finding:
 
 def _providers() -> Finding:
     if importlib.util.find_spec("onnxruntime") is None:
-        return Finding(name="execution providers", status="missing", detail="no onnxruntime", fix="pip install 'flabc[cpu]'")
+        return Finding(
+            name="execution providers",
+            status="missing",
+            detail="no onnxruntime",
+            fix="pip install 'flabc[cpu]'",
+        )
     import onnxruntime
 
     return Finding(name="execution providers", status="ok", detail=", ".join(onnxruntime.get_available_providers()))
@@ -116,7 +123,10 @@ def _cuda() -> Finding:
 def _nvml() -> Finding:
     if importlib.util.find_spec("pynvml") is None:
         return Finding(
-            name="energy, GPU (NVML)", status="missing", detail="no nvidia-ml-py", fix="pip install 'flabc[gpu]'"
+            name="energy, GPU (NVML)",
+            status="missing",
+            detail="no nvidia-ml-py",
+            fix="pip install 'flabc[gpu]'",
         )
     import pynvml
 

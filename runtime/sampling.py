@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 from .backend import Logits
@@ -32,6 +33,7 @@ class SamplingParams(BaseModel):
     ignore_eos: bool = False
 
 
+Probabilities = npt.NDArray[np.float64]
 Sampler = Callable[[Logits], int]
 
 
@@ -52,10 +54,11 @@ def sampler(params: SamplingParams) -> Sampler:
     return draw
 
 
-def nucleus(probabilities: np.ndarray, top_p: float) -> np.ndarray:  # type: ignore[type-arg]
+def nucleus(probabilities: Probabilities, top_p: float) -> Probabilities:
     """Keep the smallest set of tokens whose probability reaches ``top_p`` (Holtzman et al., 2020), renormalised."""
     order = np.argsort(-probabilities, kind="stable")
     needed = int(np.searchsorted(np.cumsum(probabilities[order]), top_p)) + 1
     kept = np.zeros_like(probabilities)
     kept[order[:needed]] = probabilities[order[:needed]]
-    return kept / kept.sum()
+    kept /= kept.sum()
+    return kept

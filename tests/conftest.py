@@ -29,7 +29,10 @@ TINY = {
 #: Variants: family, and what differs from ``TINY``.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
-    "llama-untied-biased": ("llama", {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}),
+    "llama-untied-biased": (
+        "llama",
+        {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+    ),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2-untied": ("qwen2", {"tie_word_embeddings": False}),
 }
@@ -62,7 +65,10 @@ def train_tokenizer(vocab_size: int = 700) -> Any:
     )
     tokenizer.train_from_iterator(stdlib_text(), trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|im_end|>", chat_template=CHAT_TEMPLATE
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        chat_template=CHAT_TEMPLATE,
     )
 
 

@@ -22,8 +22,33 @@ HELDOUT_ONE_IN = 5
 
 #: Files that are read as text when a folder is given.
 TEXT_SUFFIXES = frozenset(
-    ".c .cc .cpp .cs .go .h .hpp .java .js .jsx .kt .md .php .py .pyi .rb .rs .rst .scala .sh .sql .swift .ts .tsx .txt"
-    .split()
+    [
+        ".c",
+        ".cc",
+        ".cpp",
+        ".cs",
+        ".go",
+        ".h",
+        ".hpp",
+        ".java",
+        ".js",
+        ".jsx",
+        ".kt",
+        ".md",
+        ".php",
+        ".py",
+        ".pyi",
+        ".rb",
+        ".rs",
+        ".rst",
+        ".scala",
+        ".sh",
+        ".sql",
+        ".swift",
+        ".ts",
+        ".tsx",
+        ".txt",
+    ]
 )
 
 

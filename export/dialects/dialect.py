@@ -17,9 +17,20 @@ class Dialect(Protocol):
     Letters: B sequences, S new tokens, D hidden_size.
     """
 
-    inputs: Sequence[ir.Value]
-    outputs: Sequence[ir.Value]
-    opsets: Mapping[str, int]
+    @property
+    def inputs(self) -> Sequence[ir.Value]:
+        """The graph's inputs beside ``input_ids``."""
+        ...
+
+    @property
+    def outputs(self) -> Sequence[ir.Value]:
+        """The graph's outputs beside ``logits``."""
+        ...
+
+    @property
+    def opsets(self) -> Mapping[str, int]:
+        """The version of each domain that is used."""
+        ...
 
     def begin(self, graph: Graph, ids: ir.Value) -> None:
         """Declare the inputs beside ``input_ids`` and what is computed once from them."""

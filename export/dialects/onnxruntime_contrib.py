@@ -6,10 +6,14 @@ its head counts per node, so every layer may have its own. Its documentation: ON
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import numpy as np
 import onnx_ir as ir
 
 from flabc.export.graph import Graph
+from flabc.export.weights import Array
 from flabc.spec import ModelSpec
 
 MICROSOFT = "com.microsoft"
@@ -18,7 +22,7 @@ MICROSOFT = "com.microsoft"
 class OnnxRuntimeDialect:
     """See ``Dialect`` for the contract."""
 
-    opsets = {"": 21, MICROSOFT: 1}
+    opsets: Mapping[str, int] = MappingProxyType({"": 21, MICROSOFT: 1})
 
     def __init__(self, spec: ModelSpec) -> None:
         self._mask = _value("attention_mask", ir.DataType.INT64, ("batch", "total"))
@@ -45,7 +49,8 @@ class OnnxRuntimeDialect:
         self._total = graph.op("Cast", scalar, to=ir.DataType.INT32)
         self._new = graph.op("Shape", ids, start=1, end=2)  # S
         self._cos, self._sin = (
-            graph.constant(f"{name}_cache", table) for name, table in zip(("cos", "sin"), rotary(graph.spec), strict=True)
+            graph.constant(f"{name}_cache", table)
+            for name, table in zip(("cos", "sin"), rotary(graph.spec), strict=True)
         )
 
     def norm(
@@ -95,7 +100,7 @@ class OnnxRuntimeDialect:
         return graph.op("Unsqueeze", picked, graph.constant("one", np.array([1])))
 
 
-def rotary(spec: ModelSpec) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+def rotary(spec: ModelSpec) -> tuple[Array, Array]:
     """Cosines and sines of every position, (max_position_embeddings, H / 2) each (RoFormer, Su et al., 2021)."""
     exponents = np.arange(0, spec.head_dim, 2, dtype=np.float32) / np.float32(spec.head_dim)
     frequencies = (1.0 / spec.rope_theta**exponents).astype(np.float32)

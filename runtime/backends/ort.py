@@ -42,7 +42,7 @@ class OrtBackend:
         self._session = self._open(GRAPH)
         # One buffer per layer and kind for the longest sequence: bound as past and as present, so that
         # GroupQueryAttention appends in place instead of copying the whole cache at every token.
-        self._cache = {
+        self._cache: dict[str, Logits] = {
             f"{layer}.{kind}": np.zeros(
                 (limits.max_batch, shape.num_key_value_heads, limits.max_length, spec.head_dim), np.float32
             )
@@ -90,7 +90,7 @@ class OrtBackend:
 
     def score(self, ids: Ids) -> Logits:
         """Logits at every position of fresh sequences, (B, S, V)."""
-        feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        feeds: dict[str, Any] = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
         for layer, shape in enumerate(self.spec.layers):
             empty = np.zeros((len(ids), shape.num_key_value_heads, 0, self.spec.head_dim), np.float32)
             kinds = ("key", "value") if shape.has_attention else ()

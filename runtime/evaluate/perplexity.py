@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from flabc.console import progress
 from flabc.errors import CorpusError
-from flabc.runtime.backend import Backend, Logits
+from flabc.runtime.backend import Backend, Ids, Logits
 from flabc.runtime.text import TextCodec
 
 #: Tokens that a window holds, and how many of them are new in each window after the first. The model's own
@@ -93,10 +93,10 @@ def windows(length: int, window: int, stride: int) -> Iterator[tuple[slice, int]
         done, end = end, min(end + stride, length)
 
 
-def token_nll(logits: Logits, ids: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+def token_nll(logits: Logits, ids: Ids) -> Logits:
     """Negative log-likelihood in nats of tokens 1.. given those before, (S, V) and (S,) in, (S - 1,) out."""
     before = logits[:-1]
     peak = before.max(-1)
     total = np.log(np.exp(before - peak[:, None]).sum(-1)) + peak
-    chosen: np.ndarray = before[np.arange(len(before)), ids[1:]]  # type: ignore[type-arg]
-    return total - chosen
+    nll: Logits = total - before[np.arange(len(before)), ids[1:]]
+    return nll

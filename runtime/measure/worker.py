@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from flabc.errors import EngineError, FlabcError
@@ -36,15 +37,21 @@ class Worker:
         """One run on the first ``prompt_tokens`` tokens of a text, timed token by token."""
         ids = self.session.codec.encode_plain(text)[:prompt_tokens]
         if len(ids) < prompt_tokens:
-            raise EngineError("The text for the prompt is too short.", expected=f"{prompt_tokens} tokens", found=str(len(ids)))
+            raise EngineError(
+                "The text for the prompt is too short.",
+                expected=f"{prompt_tokens} tokens",
+                found=str(len(ids)),
+            )
         params = SamplingParams(max_tokens=output_tokens, ignore_eos=True)
         marks = [time.perf_counter()]
         for _ in self.session.tokens(ids, params):
             marks.append(time.perf_counter())
         # The contract of the workload: a run that stopped early must not look fast.
         if len(marks) != output_tokens + 1:
-            raise EngineError("The run produced too few tokens.", expected=str(output_tokens), found=str(len(marks) - 1))
-        gaps = [1000 * (b - a) for a, b in zip(marks, marks[1:], strict=False)]
+            raise EngineError(
+                "The run produced too few tokens.", expected=str(output_tokens), found=str(len(marks) - 1)
+            )
+        gaps = [1000 * (b - a) for a, b in pairwise(marks)]
         return {"ttft_ms": gaps[0], "token_ms": gaps[1:]}
 
     def memory(self) -> dict[str, Any]:

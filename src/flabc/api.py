@@ -259,7 +259,10 @@ def export(
 
     engine.check_choice("target", target, engine.TARGETS)
     engine.check_choice("precision", precision, engine.PRECISIONS)
-    with model_folder(str(model), tie=tie) as (folder, spec), artifact.create(output, "engine", force=force) as draft:
+    with (
+        model_folder(str(model), tie=tie) as (folder, spec),
+        artifact.create(output, "engine", force=force) as draft,
+    ):
         engine.write(folder, spec, draft.path)
         draft.spec = spec
         parity = _prove(draft.path, folder, spec)
@@ -271,7 +274,9 @@ def export(
     return Exported(path=Path(output), spec=spec, target=target, precision=precision, parity=parity)
 
 
-def evaluate(target: str | Path, *, task: str = "perplexity", corpus: str = "python-stdlib", tie: bool = False) -> Evaluation:
+def evaluate(
+    target: str | Path, *, task: str = "perplexity", corpus: str = "python-stdlib", tie: bool = False
+) -> Evaluation:
     """Measure quality: an engine through ONNX Runtime, anything else through torch.
 
     Args:

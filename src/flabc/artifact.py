@@ -103,7 +103,9 @@ class Draft:
     def write_manifest(self) -> None:
         """Hash every file and write ``flabc.json``."""
         files = {
-            file.relative_to(self.path).as_posix(): sha256(file) for file in sorted(self.path.rglob("*")) if file.is_file()
+            file.relative_to(self.path).as_posix(): sha256(file)
+            for file in sorted(self.path.rglob("*"))
+            if file.is_file()
         }
         manifest = Manifest(
             kind=self.kind,
@@ -159,7 +161,8 @@ def check_free(out: Path | str, *, force: bool) -> None:
         raise ArtifactError(f"{out} is a file.", expected="a folder or a name that is free")
     if not force and out.is_dir() and any(out.iterdir()):
         raise ArtifactError(
-            f"The output folder {out} exists and is not empty.", fix="Choose another, or pass --force to replace it."
+            f"The output folder {out} exists and is not empty.",
+            fix="Choose another, or pass --force to replace it.",
         )
 
 

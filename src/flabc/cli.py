@@ -35,7 +35,10 @@ PLANNED = {
 FORCE = click.option("--force", is_flag=True, help="Replace an output folder that is not empty.")
 TIE = click.option("--tie", is_flag=True, help="Tie input and output matrices that a GGUF stores twice.")
 CORPUS = click.option(
-    "--corpus", default="python-stdlib", show_default=True, help="A built-in corpus, or a file or folder of text."
+    "--corpus",
+    default="python-stdlib",
+    show_default=True,
+    help="A built-in corpus, or a file or folder of text.",
 )
 SEED = click.option("--seed", type=int, help="Makes sampling repeatable.")
 
@@ -189,8 +192,8 @@ def export(
         for result in done:
             parity = result.parity
             click.echo(
-                f"{result.path}: {result.spec.num_parameters / 1e6:.1f} M parameters, {result.precision}; logits within "
-                f"{parity['max_relative']:.1g} of torch, {parity['greedy_steps']:.0f} greedy tokens identical"
+                f"{result.path}: {result.spec.num_parameters / 1e6:.1f} M parameters, {result.precision}; "
+                f"logits within {parity['max_relative']:.1g} of torch, {parity['greedy_steps']:.0f} greedy tokens agree"
             )
 
     emit(as_json, data, show)
@@ -308,9 +311,7 @@ def bench(
     from flabc.runtime.measure.result import Workload
 
     project = find() if engine and baseline and output else need("ENGINE, --baseline or -o")
-    workload = Workload(
-        prompt_tokens=prompt_tokens, output_tokens=output_tokens, rounds=rounds, threads=threads
-    )
+    workload = Workload(prompt_tokens=prompt_tokens, output_tokens=output_tokens, rounds=rounds, threads=threads)
     done = api.bench(
         engine or (project or need("ENGINE")).engine,
         baseline or (project or need("--baseline")).baseline,
@@ -354,7 +355,12 @@ def recipes(name: str | None, schema: bool, as_json: bool) -> None:
         return
     known = [recipe.load(each) for each in recipe.shipped()]
     data = [{"name": each.name, "description": each.description} for each in known]
-    emit(as_json, {"recipes": data}, lambda: [click.echo(f"{r['name']:<12} {r['description']}") for r in data] and None)
+
+    def show() -> None:
+        for each in known:
+            click.echo(f"{each.name:<12} {each.description}")
+
+    emit(as_json, {"recipes": data}, show)
 
 
 @cli.command()

@@ -79,7 +79,8 @@ def parse(content: Mapping[str, Any], origin: str) -> Recipe:
         raise RecipeError(f"The recipe {origin} does not validate: {problems(error)}") from error
     if recipe.needs_target and recipe.target is None:
         raise RecipeError(
-            f"The recipe {origin} has an ffn stage without a 'rate' and no 'target'.", fix="Give it one of the two."
+            f"The recipe {origin} has an ffn stage without a 'rate' and no 'target'.",
+            fix="Give it one of the two.",
         )
     return recipe
 
@@ -118,10 +119,10 @@ def _override(content: dict[str, Any], override: str) -> None:
         raise RecipeError(f"Cannot read the override {override!r}.", expected="path=value, e.g. target.params=0.7")
     place: Any = content
     for key in keys[:-1]:
+        step = key if isinstance(place, dict) else _position(place, key, override)
         if isinstance(place, dict):
-            place = place.setdefault(key, {})
-        else:
-            place = place[_position(place, key, override)]
+            place.setdefault(step, {})
+        place = place[step]
     if isinstance(place, list):
         place[_position(place, keys[-1], override)] = yaml.safe_load(text)
     elif isinstance(place, dict):
@@ -132,7 +133,11 @@ def _override(content: dict[str, Any], override: str) -> None:
 
 def _position(places: Any, key: str, override: str) -> int:
     """Where ``key`` leads in a list: a number, or the name of a stage."""
-    names = [entry.get("stage") if isinstance(entry, dict) else None for entry in places] if isinstance(places, list) else []
+    names = (
+        [entry.get("stage") if isinstance(entry, dict) else None for entry in places]
+        if isinstance(places, list)
+        else []
+    )
     if key.isdigit() and int(key) < len(names):
         return int(key)
     if key in names:

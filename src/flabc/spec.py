@@ -16,7 +16,13 @@ from flabc.errors import ModelError
 from flabc.families import Axis, Part, TensorSlot, family_named, family_of
 
 #: Bytes per parameter; block scales of the integer formats (one float16 per 32 weights) are included.
-BYTES_PER_PARAMETER: dict[str, float] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1 + 2 / 32, "int4": 0.5 + 2 / 32}
+BYTES_PER_PARAMETER: dict[str, float] = {
+    "fp32": 4,
+    "fp16": 2,
+    "bf16": 2,
+    "int8": 1 + 2 / 32,
+    "int4": 0.5 + 2 / 32,
+}
 
 
 class LayerSpec(BaseModel):
@@ -195,6 +201,8 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ModelError(
-            "flabc does not support scaled rotary positions yet.", expected="rope_type 'default'", found=repr(kind)
+            "flabc does not support scaled rotary positions yet.",
+            expected="rope_type 'default'",
+            found=repr(kind),
         )
     return float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))

@@ -41,9 +41,7 @@ def samples(seed: int, ttft_ms: float, tpot_ms: float) -> tuple[Sample, ...]:
     return tuple(
         Sample(
             ttft_ms=ttft_ms * draw.lognormal(0, 0.03),
-            token_ms=tuple(
-                (tpot_ms * draw.lognormal(0, 0.015) * slope * draw.lognormal(0, 0.04, slope.size)).tolist()
-            ),
+            token_ms=tuple((tpot_ms * draw.lognormal(0, 0.015) * slope * draw.lognormal(0, 0.04, slope.size)).tolist()),
         )
         for _ in range(2 * ROUNDS)
     )

@@ -92,9 +92,7 @@ def test_references_resolve_and_ids_are_unique(page: Page) -> None:
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     links = [attributes["xlink:href"] for _, attributes in page.elements if "xlink:href" in attributes]
-    clips = [
-        re.findall(r"url\((#[^)]+)\)", a["clip-path"] or "")[0] for _, a in page.elements if "clip-path" in a
-    ]
+    clips = [re.findall(r"url\((#[^)]+)\)", a["clip-path"] or "")[0] for _, a in page.elements if "clip-path" in a]
     assert links
     assert clips
     assert {str(link).removeprefix("#") for link in [*links, *clips]} <= set(ids)
@@ -189,9 +187,7 @@ def test_markdown_keeps_hostile_text_in_its_place(result: BenchResult, tmp_path:
 
 
 def test_summary_names_gain_cost_and_doubt() -> None:
-    def row(
-        key: str, label: str, unit: str, dense: float, pruned: float, interval: object = None
-    ) -> table.Row:
+    def row(key: str, label: str, unit: str, dense: float, pruned: float, interval: object = None) -> table.Row:
         return table.Row(key, label, unit, dense, pruned, pruned / dense, interval, "lower")  # type: ignore[arg-type]
 
     parameters = row("parameters", "parameters", "parameters", 134.5e6, 104.9e6)
@@ -210,10 +206,7 @@ def test_summary_names_gain_cost_and_doubt() -> None:
 
 def test_one_output_token_leaves_out_what_it_cannot_show(result: BenchResult, tmp_path: Path) -> None:
     single = (Sample(ttft_ms=9.0, token_ms=()), Sample(ttft_ms=9.5, token_ms=()))
-    sides = {
-        name: getattr(result, name).model_copy(update={"samples": single})
-        for name in ("baseline", "candidate")
-    }
+    sides = {name: getattr(result, name).model_copy(update={"samples": single}) for name in ("baseline", "candidate")}
     report.write_html(result.model_copy(update=sides), tmp_path / "report.html")
     ids = [figure["id"] for figure in Page(tmp_path / "report.html").all("figure")]
     assert ids == ["ttft", "components", "shape-ffn", "shape-heads"]

@@ -28,8 +28,7 @@ def test_interval_covers_the_known_ratio_and_excludes_one() -> None:
 
 def test_interval_covers_about_as_often_as_it_says() -> None:
     intervals = [
-        median_ratio_interval(drawn(2 * i, 3.0, 40), drawn(2 * i + 1, 4.0, 40), resamples=400)
-        for i in range(200)
+        median_ratio_interval(drawn(2 * i, 3.0, 40), drawn(2 * i + 1, 4.0, 40), resamples=400) for i in range(200)
     ]
     covered = sum(low <= 0.75 <= high for low, high in intervals) / len(intervals)
     assert 0.90 <= covered <= 0.995

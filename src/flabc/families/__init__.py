@@ -40,7 +40,9 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
-        raise ModelError("The config has no 'model_type'.", expected="a Hugging Face config.json", found=str(model_type))
+        raise ModelError(
+            "The config has no 'model_type'.", expected="a Hugging Face config.json", found=str(model_type)
+        )
     family = family_named(model_type)
     for key, allowed in family.requires.items():
         if config.get(key, allowed[0]) not in allowed:

@@ -1,0 +1,272 @@
+"""The FFN stage and the refit, against transformers' hooks and numpy's least squares."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flabc.compress import channels, checkpoint
+from flabc.compress.config import FFNConfig
+from flabc.compress.model import CausalLM, cut_channels
+from flabc.compress.restore import refit
+from flabc.compress.stage import Context
+from flabc.errors import StageError
+
+MakeContext = Callable[..., Context]
+
+#: Which channels of each tiny layer stay in the tests of the cut itself: the same number, different ones.
+KEEP = {layer: [channel for channel in range(80) if channel % 5 != layer] for layer in range(3)}
+
+
+def ffn_config(**fields: Any) -> FFNConfig:
+    return FFNConfig.model_validate({"multiple_of": 8, **fields})
+
+
+@torch.no_grad()
+def logits(theirs: Any, tokens: Tensor) -> Tensor:
+    return theirs(tokens, use_cache=False).logits
+
+
+@torch.no_grad()
+def zeroed(theirs: Any, keep: Mapping[int, Sequence[int]], down: Mapping[int, Tensor] | None = None) -> Any:
+    """The model with nothing going in or out of the other channels, biases included; ``down`` replaces weights."""
+    cut = copy.deepcopy(theirs)
+    for layer, kept in keep.items():
+        mlp = cut.model.layers[layer].mlp
+        lost = sorted(set(range(mlp.down_proj.in_features)) - set(kept))
+        mlp.down_proj.weight[:, lost] = 0
+        for projection in (mlp.gate_proj, mlp.up_proj):
+            for parameter in projection.parameters():
+                parameter[lost] = 0
+        if down:
+            mlp.down_proj.weight[:, list(kept)] = down[layer]
+    return cut
+
+
+def saved(model: CausalLM, folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    checkpoint.write(model, folder)
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+
+
+@torch.no_grad()
+def projection_inputs(theirs: Any, tokens: Tensor) -> list[Tensor]:
+    """What transformers sends into each layer's down projection, (tokens, F)."""
+    caught: list[Tensor] = []
+    modules = [layer.mlp.down_proj for layer in theirs.model.layers]
+    hooks = [m.register_forward_pre_hook(lambda _, x: caught.append(x[0].flatten(0, 1))) for m in modules]
+    theirs(tokens, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return caught
+
+
+def test_a_cut_model_is_the_dense_model_with_the_channels_zeroed(pair: tuple[CausalLM, Any], tmp_path: Path) -> None:
+    ours, theirs = pair
+    tokens = torch.randint(0, 700, (3, 40), generator=torch.Generator().manual_seed(2))
+    loaded = saved(cut_channels(ours, KEEP), tmp_path)
+    assert loaded.config.intermediate_size == 64
+    torch.testing.assert_close(logits(loaded, tokens), logits(zeroed(theirs, KEEP), tokens), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(logits(loaded, tokens), logits(theirs, tokens), atol=1e-2)
+
+
+def test_every_tensor_of_a_channel_is_cut_biases_too(untied: CausalLM) -> None:
+    cut = cut_channels(untied, {1: [5, 7, 11]})
+    assert set(cut.weights) == set(untied.weights)
+    for name, shape in cut.spec.shapes().items():
+        assert tuple(cut.weights[name].shape) == shape
+    before, after = untied.layer_weights(1), cut.layer_weights(1)
+    for part in ("gate_proj.weight", "gate_proj.bias", "up_proj.weight", "up_proj.bias"):
+        assert torch.equal(after[f"mlp.{part}"], before[f"mlp.{part}"][[5, 7, 11]])
+    assert torch.equal(after["mlp.down_proj.weight"], before["mlp.down_proj.weight"][:, [5, 7, 11]])
+    assert torch.equal(after["mlp.down_proj.bias"], before["mlp.down_proj.bias"])
+    assert torch.equal(
+        cut.weights["model.layers.0.mlp.up_proj.bias"], untied.weights["model.layers.0.mlp.up_proj.bias"]
+    )
+
+
+def test_what_is_heard_is_what_transformers_hooks_hear(pair: tuple[CausalLM, Any], make_context: MakeContext) -> None:
+    ours, theirs = pair
+    context = make_context(ours)
+    heard = channels.listen(ours, context)
+    inputs = projection_inputs(theirs, context.tokens(ours))
+    assert sorted(heard) == list(range(len(inputs)))
+    for layer, x in enumerate(inputs):
+        assert heard[layer].tokens == len(x) == 6 * 48
+        torch.testing.assert_close(heard[layer].gram, x.T @ x, rtol=1e-3, atol=1e-3 * float(x.square().sum(0).max()))
+        torch.testing.assert_close(heard[layer].mean_square, x.square().mean(0), rtol=1e-3, atol=1e-6)
+        assert torch.equal(heard[layer].down, theirs.model.layers[layer].mlp.down_proj.weight)
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_the_plan_tells_the_error_it_makes_and_applies_as_it_says(
+    pair: tuple[CausalLM, Any], make_context: MakeContext, tmp_path: Path, restore: bool
+) -> None:
+    ours, theirs = pair
+    context = make_context(ours)
+    made = channels.plan(ours, ffn_config(rate=0.5, restore=restore), context)
+    down = {
+        layer: theirs.model.layers[layer].mlp.down_proj.weight.detach()[:, list(k)] for layer, k in made.keep.items()
+    }
+    down |= made.down
+    assert bool(made.down) == restore
+    tokens = context.tokens(ours)
+    for layer, x in enumerate(projection_inputs(theirs, tokens)):
+        dense = x @ theirs.model.layers[layer].mlp.down_proj.weight.T
+        gap = dense - x[:, list(made.keep[layer])] @ down[layer].T
+        error = float((gap.square().sum() / dense.square().sum()).detach())
+        assert made.details["relative_output_error"][layer] == pytest.approx(error, rel=1e-2, abs=2e-5)
+    loaded = saved(channels.apply(ours, made), tmp_path)
+    expected = logits(zeroed(theirs, made.keep, down), tokens)
+    torch.testing.assert_close(logits(loaded, tokens), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_refitting_lowers_the_error_of_every_layer(pair: tuple[CausalLM, Any], make_context: MakeContext) -> None:
+    ours, _ = pair
+    context = make_context(ours)
+    plain, refitted = (channels.plan(ours, ffn_config(rate=0.5, restore=restore), context) for restore in (False, True))
+    assert plain.keep == refitted.keep
+    errors = (made.details["relative_output_error"] for made in (plain, refitted))
+    assert all(after < 0.95 * before for before, after in zip(*errors, strict=True))
+
+
+@pytest.mark.parametrize("score", ["activation", "magnitude", "wanda"])
+def test_the_channels_worth_most_stay(one_pair: tuple[CausalLM, Any], make_context: MakeContext, score: str) -> None:
+    ours, theirs = one_pair
+    context = make_context(ours)
+    made = channels.plan(ours, ffn_config(rate=0.25, score=score), context)
+    for layer, x in enumerate(projection_inputs(theirs, context.tokens(ours))):
+        weight = theirs.model.layers[layer].mlp.down_proj.weight.detach()
+        worth = {"activation": x.norm(dim=0), "magnitude": weight.norm(dim=0)}
+        worth["wanda"] = worth["activation"] * worth["magnitude"]
+        assert list(made.keep[layer]) == sorted(np.argsort(-worth[score].numpy())[:56].tolist())
+
+
+def problem(seed: int, tokens: int = 200) -> tuple[np.ndarray, np.ndarray, Tensor, Tensor]:
+    """Correlated inputs X, a projection W, and both as the refit wants them: W and the Gram matrix."""
+    rng = np.random.default_rng(seed)
+    inputs = rng.normal(size=(tokens, 12)) @ rng.normal(size=(12, 12))
+    weight = rng.normal(size=(5, 12))
+    return inputs, weight, torch.from_numpy(weight), torch.from_numpy(inputs.T @ inputs)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), keep=st.sets(st.integers(0, 11), min_size=1).map(sorted))
+def test_undamped_the_refit_is_least_squares(seed: int, keep: list[int]) -> None:
+    inputs, weight, w, gram = problem(seed)
+    expected = np.linalg.lstsq(inputs[:, keep], inputs @ weight.T, rcond=None)[0].T
+    found = refit(w, gram, torch.tensor(keep), damping=1e-12).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    keep=st.sets(st.integers(0, 11), min_size=1).map(sorted),
+    damping=st.floats(1e-4, 10),
+)
+def test_damped_the_refit_is_least_squares_that_stays_near(seed: int, keep: list[int], damping: float) -> None:
+    """Ridge regression towards the old weights is least squares on the inputs with a scaled identity below them."""
+    inputs, weight, w, gram = problem(seed)
+    ridge = damping * np.square(inputs[:, keep]).sum(axis=0).mean()
+    stacked = np.vstack([inputs[:, keep], np.sqrt(ridge) * np.eye(len(keep))])
+    wanted = np.vstack([inputs @ weight.T, np.sqrt(ridge) * weight[:, keep].T])
+    expected = np.linalg.lstsq(stacked, wanted, rcond=None)[0].T
+    np.testing.assert_allclose(refit(w, gram, torch.tensor(keep), damping).numpy(), expected, rtol=1e-3, atol=1e-4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), keep=st.sets(st.integers(0, 11), min_size=1, max_size=11).map(sorted))
+def test_the_refit_never_makes_the_output_worse(seed: int, keep: list[int]) -> None:
+    inputs, weight, w, gram = problem(seed)
+    kept = torch.tensor(keep)
+    new = refit(w, gram, kept)
+    before = np.square(inputs @ weight.T - inputs[:, keep] @ weight[:, keep].T).sum()
+    after = np.square(inputs @ weight.T - inputs[:, keep] @ new.numpy().T).sum()
+    assert after <= before * (1 + 1e-5)
+    told = channels.output_error(w, new.double(), kept, gram)
+    assert told == pytest.approx(after / np.square(inputs @ weight.T).sum(), rel=1e-4, abs=1e-6)
+
+
+def test_the_refit_stands_inputs_that_repeat_each_other() -> None:
+    inputs, _, w, _ = problem(1, tokens=4)  # fewer tokens than channels: the Gram matrix is singular
+    twice = np.hstack([inputs[:, :6], inputs[:, :6]])
+    new = refit(w, torch.from_numpy(twice.T @ twice), torch.arange(6))
+    dense = twice @ w.numpy().T
+    assert torch.isfinite(new).all()
+    assert np.square(dense - twice[:, :6] @ new.numpy().T).sum() < 0.05 * np.square(dense).sum()
+
+
+@settings(max_examples=40, deadline=None)
+@given(rate=st.floats(0.01, 0.85), multiple_of=st.sampled_from([1, 4, 8, 10]))
+def test_a_rate_leaves_the_largest_aligned_width_that_loses_enough(
+    tied: CausalLM, make_context: MakeContext, rate: float, multiple_of: int
+) -> None:
+    widths = channels.target_widths(tied, ffn_config(rate=rate, multiple_of=multiple_of), make_context(tied))
+    width = widths.get(0, 80)
+    assert set(widths.values()) <= {width}
+    assert width % multiple_of == 0
+    assert width <= 80 * (1 - rate) + 1e-6
+    assert width + multiple_of > 80 * (1 - rate) - 1e-6
+
+
+@settings(max_examples=40, deadline=None)
+@given(keep=st.floats(0.75, 0.999), multiple_of=st.sampled_from([1, 4, 8, 10]))
+def test_the_target_is_reached_by_less_than_a_step(
+    tied: CausalLM, make_context: MakeContext, keep: float, multiple_of: int
+) -> None:
+    context = make_context(tied, keep=keep)
+    widths = channels.target_widths(tied, ffn_config(multiple_of=multiple_of), context)
+    left = cut_channels(tied, {layer: range(width) for layer, width in widths.items()}).spec.num_parameters
+    step = multiple_of * 3 * 3 * tied.spec.hidden_size  # three matrices of three layers
+    assert context.target_parameters is not None
+    assert context.target_parameters - step < left <= context.target_parameters
+
+
+def test_a_rate_stops_where_the_target_is_reached(tied: CausalLM, make_context: MakeContext) -> None:
+    channel = 3 * 3 * tied.spec.hidden_size
+    total = tied.spec.num_parameters
+    context = make_context(tied, keep=(total - 16 * channel) / total)
+    assert channels.target_widths(tied, ffn_config(rate=0.5), context) == {0: 64, 1: 64, 2: 64}
+
+
+@pytest.mark.parametrize("fields", [{}, {"rate": 0.5}])
+def test_nothing_goes_once_the_target_is_reached(
+    tied: CausalLM, make_context: MakeContext, fields: dict[str, float]
+) -> None:
+    """Not even to align a width that was not aligned."""
+    made = channels.plan(tied, ffn_config(multiple_of=64, **fields), make_context(tied, keep=1.0))
+    assert made.keep == {}
+    assert channels.apply(tied, made).spec == tied.spec
+
+
+def test_biases_count_as_part_of_a_channel(untied: CausalLM) -> None:
+    per_channel = (untied.spec.num_parameters - cut_channels(untied, {2: range(79)}).spec.num_parameters) / 1
+    assert channels.channel_parameters(untied, 2) == per_channel == 3 * untied.spec.hidden_size + 2
+
+
+def test_without_a_rate_or_a_target_the_stage_asks_for_one(tied: CausalLM, make_context: MakeContext) -> None:
+    with pytest.raises(StageError, match=r"'rate'.*'target'"):
+        channels.plan(tied, ffn_config(), make_context(tied))
+
+
+def test_a_target_beyond_the_ffns_is_an_error(tied: CausalLM, make_context: MakeContext) -> None:
+    with pytest.raises(StageError, match="leave no FFN channels"):
+        channels.plan(tied, ffn_config(), make_context(tied, keep=0.1))
+
+
+def test_refitted_weights_have_the_dtype_of_the_model(tied: CausalLM, make_context: MakeContext) -> None:
+    half = replace(tied, weights={name: tensor.bfloat16() for name, tensor in tied.weights.items()})
+    cut = channels.apply(half, channels.plan(half, ffn_config(rate=0.25), make_context(half)))
+    assert {tensor.dtype for tensor in cut.weights.values()} == {torch.bfloat16}

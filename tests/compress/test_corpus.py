@@ -1,0 +1,122 @@
+"""Corpora: what is read, and on which side of the split it lands."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flabc.compress.config import Calibration
+from flabc.compress.data import corpus
+from flabc.compress.data.corpus import Document
+from flabc.errors import CorpusError, UnknownNameError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty files, some in folders, beside some that are no text."""
+    root = tmp_path_factory.mktemp("texts")
+    (root / "deep" / "deeper").mkdir(parents=True)
+    for index in range(40):
+        place = (root, root / "deep", root / "deep" / "deeper")[index % 3]
+        (place / f"{index}.py").write_text(f"x = {index}\n", encoding="utf-8")
+    (root / "image.png").write_bytes(b"\x89PNG")
+    (root / "latin.py").write_bytes(b"# \xe9t\xe9\n")
+    (root / "empty.py").write_text("")
+    return root
+
+
+def texts(name: Path | str) -> dict[str, list[str]]:
+    return {side: [d.text for d in corpus.load(str(name), side)] for side in ("calibration", "heldout")}  # type: ignore[arg-type]
+
+
+def test_every_text_of_a_folder_is_on_one_side(folder: Path) -> None:
+    sides = texts(folder)
+    assert sorted(sides["calibration"] + sides["heldout"]) == sorted(f"x = {index}\n" for index in range(40))
+
+
+def test_names_are_paths_inside_the_folder(folder: Path) -> None:
+    for document in corpus.load(str(folder), "calibration"):
+        assert (folder / document.name).read_text() == document.text
+
+
+def test_the_sides_of_the_standard_library_share_no_text() -> None:
+    sides = texts("python-stdlib")
+    assert not set(sides["calibration"]) & set(sides["heldout"])
+    share = len(sides["heldout"]) / sum(map(len, sides.values()))
+    assert share == pytest.approx(1 / corpus.HELDOUT_ONE_IN, abs=0.06)
+
+
+def test_the_standard_library_is_its_own_source_only() -> None:
+    names = [d.name for side in ("calibration", "heldout") for d in corpus.load("python-stdlib", side)]  # type: ignore[arg-type]
+    assert {"json/decoder.py", "argparse.py"} <= set(names)
+    assert not [name for name in names if {"site-packages", "test", "tests"} & set(Path(name).parts)]
+    assert all(name.endswith(".py") for name in names)
+
+
+@given(st.text(), st.text(), st.text())
+def test_the_side_hangs_on_the_content_alone(content: str, name: str, other: str) -> None:
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    expected = "heldout" if int(digest[:16], 16) % 5 == 0 else "calibration"
+    assert Document(name, content).split == Document(other, content).split == expected
+
+
+def test_two_copies_of_a_file_stay_together(tmp_path: Path) -> None:
+    for index in range(30):
+        for copy in "ab":
+            (tmp_path / f"{copy}{index}.md").write_text(f"text {index}", encoding="utf-8")
+    for documents in texts(tmp_path).values():
+        assert all(documents.count(text) == 2 for text in documents)
+
+
+def test_a_new_file_moves_no_other_across(tmp_path: Path) -> None:
+    for index in range(30):
+        (tmp_path / f"{index}.txt").write_text(f"text {index}", encoding="utf-8")
+    before = texts(tmp_path)
+    (tmp_path / "0-first.txt").write_text("something new", encoding="utf-8")
+    after = texts(tmp_path)
+    for side in before:
+        assert set(before[side]) <= set(after[side])
+
+
+def test_the_order_does_not_hang_on_the_names(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for index in range(30):
+        for root, name in ((first, index), (second, 100 - index)):
+            root.mkdir(exist_ok=True)
+            (root / f"{name}.txt").write_text(f"text {index}", encoding="utf-8")
+    assert texts(first) == texts(second)
+
+
+def test_the_fingerprint_tells_other_texts_apart() -> None:
+    whole = [Document("a", "one"), Document("b", "two")]
+    renamed = [Document("c", "one"), Document("d", "two")]
+    assert corpus.fingerprint(whole) == corpus.fingerprint(renamed)
+    others = [whole[:1], whole[::-1], [Document("a", "onetwo")], [Document("a", "one"), Document("b", "tw0")], []]
+    assert len({corpus.fingerprint(documents) for documents in [whole, *others]}) == 6
+
+
+def test_a_single_file_is_a_corpus_of_one(tmp_path: Path) -> None:
+    file = tmp_path / "notes.anything"
+    file.write_text("hello", encoding="utf-8")
+    side = Document("", "hello").split
+    assert corpus.load(str(file), side) == [Document("notes.anything", "hello")]
+
+
+@pytest.mark.parametrize("side", ["calibration", "heldout"])
+def test_a_corpus_without_text_is_an_error_that_says_what_to_do(tmp_path: Path, side: corpus.Split) -> None:
+    (tmp_path / "image.png").write_bytes(b"\x89PNG")
+    with pytest.raises(CorpusError, match=rf"has no {side} text.*Give a larger folder"):
+        corpus.load(str(tmp_path), side)
+
+
+def test_a_corpus_that_nobody_knows_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'python-stdlib'"):
+        corpus.load("python-stlib", "calibration")
+
+
+def test_the_recipe_s_default_corpus_is_a_built_in_one() -> None:
+    assert Calibration.model_validate({}).corpus in corpus.CORPORA

@@ -1,0 +1,193 @@
+"""A recipe's stages in a row: receipts, errors, the split of the text, and the seed."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from flabc.compress import load, pipeline, stage
+from flabc.compress.config import Calibration, Config, FFNConfig, LayersConfig, Target, VocabConfig
+from flabc.compress.data import corpus
+from flabc.compress.data.corpus import Document
+from flabc.compress.model import CausalLM, TokenizerFiles
+from flabc.compress.stage import Plan, Stage
+from flabc.errors import CorpusError, ModelError, StageError
+
+STAGES = (VocabConfig(max_size=512), LayersConfig(count=1, sequences=4), FFNConfig(multiple_of=4))
+Ran = tuple[CausalLM, list[pipeline.StageReceipt], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def calibration(corpus_folder: Path) -> Calibration:
+    return Calibration.model_validate({"corpus": str(corpus_folder), "sequences": 4, "sequence_length": 48})
+
+
+@pytest.fixture(scope="module")
+def ran(tied: CausalLM, calibration: Calibration) -> Ran:
+    return pipeline.run(tied, STAGES, target=Target(params=0.6), calibration=calibration)
+
+
+def test_every_stage_leaves_a_receipt_in_order(tied: CausalLM, ran: Ran) -> None:
+    model, receipts, _ = ran
+    assert [receipt.stage for receipt in receipts] == ["vocab", "layers", "ffn"]
+    sizes = [tied.spec.num_parameters, *(receipt.parameters for receipt in receipts)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] == model.spec.num_parameters
+    assert all(receipt.summary.startswith(f"{receipt.stage}: ") for receipt in receipts)
+    assert receipts[1].as_dict().keys() == {"stage", "summary", "parameters", "seconds", "details"}
+
+
+def test_the_receipts_tell_what_became_of_the_model(ran: Ran) -> None:
+    model, (vocab, layers, ffn), _ = ran
+    assert vocab.details["rows"] == model.spec.vocab_size == 512
+    assert len(layers.details["removed"]) == 1 == layers.details["layers_before"] - len(model.spec.layers)
+    assert ffn.details["intermediate_size"] == model.spec.layers[0].intermediate_size
+
+
+def test_the_dense_model_is_left_as_it_was(tied: CausalLM, calibration: Calibration) -> None:
+    before = {name: tensor.clone() for name, tensor in tied.weights.items()}
+    pipeline.run(tied, STAGES, target=Target(params=0.6), calibration=calibration)
+    assert tied.spec.vocab_size == 700
+    assert all(torch.equal(tensor, tied.weights[name]) for name, tensor in before.items())
+
+
+def fingerprint(documents: Sequence[Document]) -> str:
+    return hashlib.sha256(b"".join(hashlib.sha256(d.text.encode()).digest() for d in documents)).hexdigest()
+
+
+def test_the_text_that_judges_is_not_the_text_that_calibrates(ran: Ran, calibration: Calibration) -> None:
+    quality = ran[2]
+    assert quality["calibration"] != quality["heldout"]
+    for side in ("calibration", "heldout"):
+        assert quality[side] == fingerprint(corpus.load(calibration.corpus, side))  # type: ignore[arg-type]
+
+
+def test_bits_per_byte_are_what_transformers_loss_says(tied: CausalLM, tiny: Any, ran: Ran, make_context: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(tiny("qwen2-tied"))
+    context = make_context(tied)
+    tokenizer = stage.encoder(tied.tokenizer)
+    nats = size = 0.0
+    for document in [d for d in context.heldout if len(d.text) > 1536][:8]:
+        ids = torch.tensor([tokenizer.encode(document.text[:1536], add_special_tokens=False).ids])
+        with torch.no_grad():
+            logits = theirs(ids).logits[0, :-1]
+        nats += float(functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+        size += len(document.text[:1536].encode()) - len(tokenizer.decode(ids[0, :1].tolist()).encode())
+    assert pipeline.bits_per_byte(tied, context) == pytest.approx(nats / math.log(2) / size, abs=2e-5)
+    assert set(ran[2]["heldout_bits_per_byte"]) == {"dense", "pruned"}
+
+
+def test_bits_per_byte_are_a_number_even_where_all_texts_are_short(tied: CausalLM, make_context: Any) -> None:
+    """Zero bits for want of a long text would look like a perfect model."""
+    context = make_context(tied)
+    short = replace(context, heldout=[Document("a", "def f(x):\n    return x\n")])
+    assert pipeline.bits_per_byte(tied, short) > 0.5
+
+
+def test_a_run_repeats_itself_and_another_seed_does_not(tied: CausalLM, calibration: Calibration) -> None:
+    stages = [FFNConfig(rate=0.5, multiple_of=4)]
+    first, again, other = (
+        pipeline.run(tied, stages, target=None, calibration=calibration, seed=seed)[0].weights for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+    assert not all(torch.equal(tensor, other[name]) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ([FFNConfig()], "Stage 'ffn' stopped: The ffn stage does not know how much to remove."),
+        ([VocabConfig(max_size=64)], "Stage 'vocab' stopped: The vocabulary cannot be cut to 64 rows."),
+    ],
+)
+def test_a_stage_that_cannot_is_named(
+    tied: CausalLM, calibration: Calibration, stages: list[Config], said: str
+) -> None:
+    with pytest.raises(StageError) as caught:
+        pipeline.run(tied, stages, target=None, calibration=calibration)
+    assert str(caught.value).startswith(said)
+    assert caught.value.__cause__ is not None
+
+
+def test_an_error_while_applying_names_the_stage_too(
+    tied: CausalLM, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> CausalLM:
+        raise ModelError("It broke.")
+
+    monkeypatch.setitem(pipeline.STAGES, FFNConfig, Stage(lambda *_: Plan("ffn: nothing"), broken))
+    with pytest.raises(StageError, match=r"Stage 'ffn' stopped: It broke\."):
+        pipeline.run(tied, [FFNConfig(rate=0.5)], target=None, calibration=calibration)
+
+
+def test_texts_that_are_too_short_are_an_error_that_says_what_to_do(tied: CausalLM, corpus_folder: Path) -> None:
+    wide = Calibration.model_validate({"corpus": str(corpus_folder), "sequences": 999, "sequence_length": 64})
+    with pytest.raises(StageError, match=r"Stage 'layers' stopped.*Expected: 999.*lower calibration\.sequences"):
+        pipeline.run(tied, [LayersConfig(count=1)], target=None, calibration=wide)
+
+
+def test_every_stage_that_a_recipe_can_name_is_there() -> None:
+    from flabc.compress import config
+
+    assert {config_class.model_fields["stage"].default for config_class in pipeline.STAGES} == set(config.STAGE_NAMES)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1000), count=st.integers(1, 12), length=st.integers(2, 100))
+def test_a_window_is_text_of_one_document_and_no_document_gives_two(
+    byte_level: TokenizerFiles, texts: tuple[str, ...], seed: int, count: int, length: int
+) -> None:
+    tokenizer = stage.encoder(byte_level)
+    documents = [Document(str(index), text) for index, text in enumerate(texts)]
+    windows = stage.sequences(tokenizer, documents, count, length, seed)
+    assert windows.shape == (count, length)
+    assert torch.equal(windows, stage.sequences(tokenizer, documents, count, length, seed))
+    whole = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    for window in windows.tolist():
+        assert any(window == ids[at : at + length] for ids in whole for at in range(len(ids) - length + 1))
+
+
+def test_the_seed_picks_the_windows(byte_level: TokenizerFiles, texts: tuple[str, ...]) -> None:
+    documents = [Document(str(index), text) for index, text in enumerate(texts)]
+    made = [stage.sequences(stage.encoder(byte_level), documents, 4, 32, seed) for seed in range(4)]
+    assert len({tuple(windows.flatten().tolist()) for windows in made}) == 4
+
+
+def test_too_few_documents_are_counted(byte_level: TokenizerFiles) -> None:
+    documents = [Document("a", "x = 1\n" * 50), Document("b", "y")]
+    with pytest.raises(CorpusError, match=r"has 1 documents of 20 tokens or more\. Expected: 2"):
+        stage.sequences(stage.encoder(byte_level), documents, 2, 20, 0)
+
+
+def test_the_precision_on_a_processor_is_one_it_multiplies_fast() -> None:
+    found = pipeline.compute_dtype(torch.device("cpu"))
+    assert found in (torch.bfloat16, torch.float32)
+
+
+def test_a_target_counts_parameters_of_the_dense_model(tied: CausalLM, calibration: Calibration, ran: Ran) -> None:
+    step = 4 * 3 * tied.spec.hidden_size * 2
+    goal = 0.6 * tied.spec.num_parameters
+    assert goal - step < ran[0].spec.num_parameters <= goal + 1
+
+
+def test_a_model_can_be_cut_again(tied: CausalLM, calibration: Calibration, ran: Ran, tmp_path: Path) -> None:
+    from flabc.compress import checkpoint
+
+    checkpoint.write(ran[0], tmp_path)
+    again, _, _ = pipeline.run(
+        load.load(str(tmp_path)), [VocabConfig(max_size=448)], target=None, calibration=calibration
+    )
+    assert again.spec.vocab_size == 448
+    assert len(again.spec.layers) == len(ran[0].spec.layers)

@@ -1,0 +1,156 @@
+"""The command line, run as a person runs it: as a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flabc.cli import PLANNED, cli
+
+FLABC = [sys.executable, "-c", "from flabc.cli import main; main()"]
+
+
+def flabc(*arguments: str | Path, cwd: Path | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    command = [*FLABC, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, input=stdin, timeout=600)
+
+
+def test_help_is_instant_and_loads_nothing_heavy() -> None:
+    code = "import sys; from flabc.cli import main\ntry: main()\nexcept SystemExit: print(sorted(sys.modules))"
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
+        times.append(time.perf_counter() - started)
+    for module in ("'torch'", "'transformers'", "'onnxruntime'", "'numpy'", "'pydantic'"):
+        assert module not in done.stdout
+    assert min(times) < 0.3
+
+
+@pytest.mark.parametrize("command", list(cli.commands))
+def test_every_command_has_help(command: str) -> None:
+    done = flabc(command, "--help") if command not in PLANNED else flabc("--help")
+    assert done.returncode == 0
+    assert command in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", [name for name in cli.commands if name not in PLANNED])
+def test_every_command_takes_json(command: str) -> None:
+    assert any(option.name == "as_json" for option in cli.commands[command].params)
+
+
+@pytest.mark.parametrize("command", list(PLANNED))
+def test_a_planned_command_says_so_and_fails(command: str) -> None:
+    done = flabc(command, "x", "--some-flag")
+    assert done.returncode == 1
+    assert "not in version" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["comprss"], 2, "Did you mean 'compress'"),
+        (["compress", "x", "--bogus"], 2, "--bogus"),
+        (["compress"], 2, "flabc init"),
+        (["compress", "smollm2-135m", "-o", "p", "--recipe", "flab22"], 1, "Did you mean 'flab-22'"),
+        (["inspect", "smollm2-135"], 1, "Did you mean 'smollm2-135m'"),
+        (["eval", "x", "--task", "perplexty"], 1, "Did you mean 'perplexity'"),
+        (["run", "nowhere", "hello"], 1, "is no model"),
+        (["bench", "a", "--baseline", "b", "-o", "c"], 1, "not a flabc artifact"),
+        (["run", "e", "x", "--temperature", "-1"], 2, "temperature"),
+        (["recipes", "flab"], 1, "Did you mean"),
+    ],
+)
+def test_what_is_wrong_is_told_in_a_paragraph(tmp_path: Path, arguments: list[str], code: int, told: str) -> None:
+    done = flabc(*arguments, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_an_error_with_json_is_one_object_too(tmp_path: Path) -> None:
+    done = flabc("inspect", "nowhere", "--json", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Unknown model" in json.loads(done.stdout)["error"]
+
+
+def test_a_fault_of_ours_is_no_traceback_unless_asked(tmp_path: Path) -> None:
+    code = "from flabc import api, cli; api.doctor = lambda: 1 / 0; cli.main()"
+    environment = os.environ | {"FLABC_TRACEBACK": ""}
+    command = [sys.executable, "-c", code, "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
+    assert "Traceback" not in done.stderr
+    asked = subprocess.run(command, capture_output=True, text=True, env=environment | {"FLABC_TRACEBACK": "1"})
+    assert "Traceback" in asked.stderr
+
+
+def test_the_project_file_stands_in_for_every_argument(tiny: object, tiny_recipe: Path, tmp_path: Path) -> None:
+    model = tiny("llama-tied")  # type: ignore[operator]
+    for arguments in (
+        ["init", "--model", model, "--recipe", tiny_recipe],
+        ["compress"],
+        ["export"],
+        ["bench", "--prompt-tokens", "8", "--output-tokens", "4", "--rounds", "1"],
+        ["run", "engine", "def f(x):", "--max-tokens", "5"],
+    ):
+        done = flabc(*arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {
+        ".flabc.schema.json",
+        "dense-engine",
+        "engine",
+        "flabc.yaml",
+        "pruned",
+        "report",
+    }
+    again = flabc("compress", cwd=tmp_path)
+    assert again.returncode == 1
+    assert "--force" in again.stderr
+
+
+@pytest.mark.parametrize("arguments", [["doctor"], ["recipes"], ["recipes", "flab-22"], ["run"], ["eval"], ["inspect"]])
+def test_json_is_all_that_stdout_holds(arguments: list[str], tiny_engine: Path, tiny_checkpoint: Path) -> None:
+    targets = {"run": [tiny_engine, "def"], "eval": [tiny_engine], "inspect": [tiny_checkpoint]}
+    done = flabc(*arguments, *targets.get(arguments[0], []), "--json")
+    assert done.returncode == 0, done.stderr
+    assert isinstance(json.loads(done.stdout), dict)
+
+
+def test_run_reads_stdin_and_streams_what_json_gives_whole(tiny_engine: Path) -> None:
+    streamed = flabc("run", tiny_engine, "--max-tokens", "12", stdin="def f(x):")
+    whole = json.loads(flabc("run", tiny_engine, "def f(x):", "--max-tokens", "12", "--json").stdout)
+    assert streamed.stdout == "def f(x):" + whole["text"] + "\n"
+    assert len(whole["token_ids"]) <= 12
+
+
+def test_ctrl_c_leaves_no_output(tiny: object, tiny_recipe: Path, tmp_path: Path) -> None:
+    model = tiny("llama-tied")  # type: ignore[operator]
+    command = [*FLABC, "compress", str(model), "--recipe", str(tiny_recipe), "-o", "out"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(3)  # past the imports, into the work
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    if process.returncode == 0:
+        pytest.skip("the work was done before the signal came")
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    command = " ".join(
+        ["exec", f"'{sys.executable}'", "-c", "'from flabc.cli import main; main()'", "recipes --schema | true"]
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stderr == ""
