@@ -111,9 +111,8 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 def bits_per_byte(model: CausalLM, context: Context) -> float:
     """What the model needs to encode held-out text, independent of its tokens; windows are cut by characters."""
-    texts = [
-        Document(d.name, d.text[: 3 * CHECKED_LENGTH]) for d in context.heldout if len(d.text) > 3 * CHECKED_LENGTH
-    ]
+    enough = [d for d in context.heldout if len(d.text) > 3 * CHECKED_LENGTH]
+    texts = [Document(d.name, d.text[: 3 * CHECKED_LENGTH]) for d in enough or context.heldout]
     tokenizer = encoder(model.tokenizer)
     nats = weight = 0.0
     for document in texts[:CHECKED_WINDOWS]:

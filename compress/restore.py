@@ -23,6 +23,9 @@ from .walk import BATCH, WHOLE, Walk, build_layer, forward
 #: Damping of the normal equations, as a share of the mean diagonal (GPTQ's convention, Frantar et al., 2022).
 DAMPING = 0.01
 
+#: Tokens whose inputs are held in float32 at once.
+TOKENS = 2048
+
 
 @dataclass(frozen=True)
 class RestorePlan(Plan):
@@ -47,7 +50,7 @@ def plan(model: CausalLM, config: RestoreConfig, context: Context) -> RestorePla
                 gap = (target.float() - hidden).flatten(0, 1)  # (N * T, D)
                 change = explain(gap, inputs, config.damping)
                 down[layer] = model.tensor("down", layer).float() + change.cpu()
-                hidden = hidden + (inputs.float() @ change.T).view_as(hidden)
+                hidden += (inputs @ change.T.to(inputs.dtype)).view_as(hidden)
             after = _distance(hidden, target)
             advance(1)
     details = {"refitted": len(down), "last_layer_before": round(before, 6), "last_layer": round(after, 6)}
@@ -104,8 +107,14 @@ def explain(gap: Tensor, inputs: Tensor, damping: float) -> Tensor:
     Returns:
         Δ, (D, F), float32.
     """
-    x = inputs.float()
-    return _solve((x.T @ x).double(), (x.T @ gap.float()).double(), damping).T.float()
+    gram = torch.zeros(inputs.shape[1], inputs.shape[1], device=inputs.device)
+    right = torch.zeros(inputs.shape[1], gap.shape[1], device=inputs.device)
+    # In pieces: a float32 copy of all inputs is what this stage would otherwise spend most of its time on.
+    for part, lacking in zip(inputs.split(TOKENS), gap.split(TOKENS), strict=True):  # type: ignore[no-untyped-call]
+        x = part.float()
+        gram += x.T @ x
+        right += x.T @ lacking
+    return _solve(gram.double(), right.double(), damping).T.float()
 
 
 def refit(weight: Tensor, gram: Tensor, keep: Tensor, damping: float = DAMPING) -> Tensor:

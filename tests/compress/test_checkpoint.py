@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -69,6 +70,7 @@ def read_elsewhere(models: dict[str, CausalLM], tmp_path_factory: pytest.TempPat
     done = subprocess.run(
         [sys.executable, "-W", "error::FutureWarning", "-c", READER, *map(str, folders.values())],
         capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         text=True,
         check=False,
         timeout=120,
