@@ -66,8 +66,9 @@ def test_an_override_that_leads_nowhere_is_refused(override: str) -> None:
     ],
 )
 def test_a_misspelt_name_gets_a_guess(tmp_path: Path, stage: dict[str, object], guess: str) -> None:
-    with pytest.raises((UnknownNameError, RecipeError), match=guess):
+    with pytest.raises((UnknownNameError, RecipeError), match=guess) as told:
         recipe.load(write(tmp_path, stages=[stage]))
+    assert "at least 1 item" not in str(told.value)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,9 @@ Split = Literal["calibration", "heldout"]
 #: One document in this many is held out.
 HELDOUT_ONE_IN = 5
 
+#: Characters of the documents that a single file is cut into: enough for a calibration sequence.
+PIECE_CHARACTERS = 8192
+
 #: Files that are read as text when a folder is given.
 TEXT_SUFFIXES = frozenset(
     [
@@ -118,13 +121,27 @@ def _read(name: str) -> Iterator[Document]:
         root = Path(name)
         files = [file for file in sorted(root.rglob("*")) if file.suffix in TEXT_SUFFIXES and file.is_file()]
     elif Path(name).is_file():
-        root, files = Path(name).parent, [Path(name)]
+        yield from _pieces(Path(name))
+        return
     else:
         raise UnknownNameError("corpus", name, [*CORPORA, "PATH"])
     for file in files:
         text = _text_of(file)
         if text:
             yield Document(file.relative_to(root).as_posix(), text)
+
+
+def _pieces(file: Path) -> Iterator[Document]:
+    """One file as many documents, cut at line ends, so that it too has two sides."""
+    piece, size = list[str](), 0
+    for line in _text_of(file).splitlines(keepends=True):
+        piece.append(line)
+        size += len(line)
+        if size >= PIECE_CHARACTERS:
+            yield Document(file.name, "".join(piece))
+            piece, size = [], 0
+    if piece:
+        yield Document(file.name, "".join(piece))
 
 
 def _text_of(file: Path) -> str:

@@ -22,7 +22,7 @@ MICROSOFT = "com.microsoft"
 class OnnxRuntimeDialect:
     """See ``Dialect`` for the contract."""
 
-    opsets: Mapping[str, int] = MappingProxyType({"": 21, MICROSOFT: 1})
+    opsets: Mapping[str, int] = MappingProxyType({"": 23, MICROSOFT: 1})
 
     def __init__(self, spec: ModelSpec) -> None:
         self._mask = _value("attention_mask", ir.DataType.INT64, ("batch", "total"))
@@ -63,7 +63,7 @@ class OnnxRuntimeDialect:
         )
         epsilon = graph.spec.rms_norm_eps
         if branch is None:
-            normed = graph.op("SimplifiedLayerNormalization", residual, weight, axis=-1, epsilon=epsilon, stash_type=1)
+            normed = graph.op("RMSNormalization", residual, weight, axis=-1, epsilon=epsilon, stash_type=1)
             return normed, residual
         outputs = graph.tape.op_multi_out(
             "SkipSimplifiedLayerNormalization",

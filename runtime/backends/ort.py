@@ -109,9 +109,9 @@ class OrtBackend:
         options.log_severity_level = 3
         if self.limits.threads is not None:
             options.intra_op_num_threads = self.limits.threads
-        file = self._folder / graph
+        file, providers = self._folder / graph, self._providers()
         try:
-            return self._ort.InferenceSession(str(file), options, providers=self._providers())
+            return self._ort.InferenceSession(str(file), options, providers=providers)
         except Exception as error:  # onnxruntime's exceptions share no public root
             raise EngineError(f"ONNX Runtime cannot open {file}: {error}") from error
 

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,11 @@ class Process:
         self._pipe = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.folder = folder
         length = workload.prompt_tokens + workload.output_tokens
-        self.description = self.call("open", folder=str(folder), max_length=length, threads=workload.threads)
+        try:
+            self.description = self.call("open", folder=str(folder), max_length=length, threads=workload.threads)
+        except EngineError:
+            self.close()
+            raise
 
     def call(self, name: str, **arguments: Any) -> dict[str, Any]:
         """Ask the worker for something.
@@ -65,7 +69,8 @@ class Process:
         """End the process."""
         assert self._pipe.stdin is not None
         assert self._pipe.stdout is not None
-        self._pipe.stdin.close()
+        with suppress(BrokenPipeError):  # a worker that died cannot be told
+            self._pipe.stdin.close()
         self._pipe.wait()
         self._pipe.stdout.close()
 

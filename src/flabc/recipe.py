@@ -48,8 +48,8 @@ def load(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             be named: ``stages.ffn.score=wanda``.
 
     Raises:
-        UnknownNameError: for an unknown recipe, stage, criterion or score.
-        RecipeError: if the file is not YAML, or does not validate.
+        UnknownNameError: for an unknown recipe or stage.
+        RecipeError: if the file is not YAML, or does not validate; a misspelt criterion or score gets a guess.
     """
     file = find(name)
     try:
@@ -87,10 +87,17 @@ def parse(content: Mapping[str, Any], origin: str) -> Recipe:
 
 def problems(error: ValidationError) -> str:
     """A validation error as one paragraph: each field and what is wrong with it."""
+    entries = error.errors()
+    # A list whose entries are wrong is also reported as too short: only the deepest complaint helps.
+    inner = [entry for entry in entries if not any(_inside(other["loc"], entry["loc"]) for other in entries)]
     return "; ".join(
         f"{'.'.join(str(part) for part in entry['loc']) or 'top level'}: {entry['msg'].removeprefix('Value error, ')}"
-        for entry in error.errors()
+        for entry in inner
     )
+
+
+def _inside(deep: tuple[int | str, ...], place: tuple[int | str, ...]) -> bool:
+    return len(deep) > len(place) and deep[: len(place)] == place
 
 
 def find(name: str | Path) -> Path:

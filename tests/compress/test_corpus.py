@@ -120,3 +120,12 @@ def test_a_corpus_that_nobody_knows_is_answered_with_the_nearest() -> None:
 
 def test_the_recipe_s_default_corpus_is_a_built_in_one() -> None:
     assert Calibration.model_validate({}).corpus in corpus.CORPORA
+
+
+def test_a_single_file_has_two_sides_that_make_it_whole(tmp_path: Path) -> None:
+    file = tmp_path / "all.py"
+    file.write_text("".join(f"value_{number} = {number} * {number}\n" for number in range(20_000)))
+    sides = [corpus.load(str(file), split) for split in ("calibration", "heldout")]
+    assert all(sides)
+    lines = [line for side in sides for document in side for line in document.text.splitlines()]
+    assert sorted(lines) == sorted(file.read_text().splitlines())

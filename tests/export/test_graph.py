@@ -1,0 +1,135 @@
+"""The graph against transformers, and against the walk where layers differ in shape."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from flabc.compress import load
+from flabc.compress.checkpoint import write_tokenizer
+from flabc.compress.model import CausalLM, cut_channels
+from flabc.compress.walk import Walk, dense_variant
+from flabc.export import engine
+from flabc.runtime.backend import Limits, open_backend
+from flabc.runtime.backends.ort import OrtBackend
+from flabc.spec import LayerSpec, ModelSpec
+
+LIMITS = Limits(max_batch=3, max_length=64)
+
+
+def spec_of(folder: Path) -> ModelSpec:
+    return ModelSpec.from_config(json.loads((folder / "config.json").read_text()))
+
+
+def engine_of(folder: Path, spec: ModelSpec, out: Path) -> OrtBackend:
+    out.mkdir()
+    engine.write(folder, spec, out)
+    opened = open_backend("onnxruntime", out, spec, LIMITS)
+    assert isinstance(opened, OrtBackend)
+    return opened
+
+
+def reference(folder: Path, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        logits: np.ndarray[Any, Any] = model(torch.from_numpy(ids)).logits.numpy()
+    return logits
+
+
+def some_ids(shape: tuple[int, int]) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(0).integers(3, 600, shape)
+
+
+def test_every_position_is_scored_as_transformers_does(any_tiny: Path, tmp_path: Path) -> None:
+    ids = some_ids((2, 17))
+    scores = engine_of(any_tiny, spec_of(any_tiny), tmp_path / "e").score(ids)
+    np.testing.assert_allclose(scores, reference(any_tiny, ids), atol=2e-4)
+
+
+def test_prompt_and_steps_with_the_cache(any_tiny: Path, tmp_path: Path) -> None:
+    ids = some_ids((1, 20))
+    expected = reference(any_tiny, ids)[0]
+    backend = engine_of(any_tiny, spec_of(any_tiny), tmp_path / "e")
+    backend.start(1)
+    np.testing.assert_allclose(backend.extend(ids[:, :13], np.array([13]))[0], expected[12], atol=2e-4)
+    for at in range(13, 20):
+        np.testing.assert_allclose(backend.extend(ids[:, at : at + 1], np.array([1]))[0], expected[at], atol=2e-4)
+
+
+def test_a_running_sequence_takes_several_tokens_at_once(any_tiny: Path, tmp_path: Path) -> None:
+    ids = some_ids((1, 20))
+    backend = engine_of(any_tiny, spec_of(any_tiny), tmp_path / "e")
+    backend.start(1)
+    backend.extend(ids[:, :6], np.array([6]))
+    found = backend.extend(ids[:, 6:], np.array([14]))[0]
+    np.testing.assert_allclose(found, reference(any_tiny, ids)[0, -1], atol=2e-4)
+
+
+def test_ragged_rows_do_not_see_each_other(any_tiny: Path, tmp_path: Path) -> None:
+    counts = np.array([3, 11, 7])
+    ids, more = some_ids((3, 11)), some_ids((3, 2))
+    backend = engine_of(any_tiny, spec_of(any_tiny), tmp_path / "e")
+    backend.start(3)
+    steps = [backend.extend(ids, counts)] + [backend.extend(more[:, i : i + 1], np.ones(3, int)) for i in (0, 1)]
+    for row, count in enumerate(counts):
+        alone = np.concatenate([ids[row : row + 1, :count], more[row : row + 1]], axis=1)
+        expected = reference(any_tiny, alone)[0, count - 1 :]
+        for step, wanted in zip(steps, expected, strict=True):
+            np.testing.assert_allclose(step[row], wanted, atol=2e-4)
+
+
+def uneven(model: CausalLM) -> CausalLM:
+    """Other widths in every layer, no attention in the second, no FFN in the third."""
+    cut = cut_channels(model, {0: range(0, 80, 2), 1: range(24), 2: range(8)})
+    layers = list(cut.spec.layers)
+    layers[1] = LayerSpec(num_attention_heads=0, num_key_value_heads=0, intermediate_size=24)
+    layers[2] = layers[2].model_copy(update={"intermediate_size": 0})
+    spec = cut.spec.model_copy(update={"layers": tuple(layers)})
+    return replace(cut, spec=spec, weights={name: cut.weights[name] for name in spec.shapes()})
+
+
+def test_layers_of_different_shapes_and_missing_sub_blocks(any_tiny: Path, tmp_path: Path) -> None:
+    model = uneven(load.load(str(any_tiny)))
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    save_file({name: t.contiguous() for name, t in model.weights.items()}, folder / "model.safetensors")
+    write_tokenizer(model, folder)
+    shutil.copy(any_tiny / "config.json", folder)
+    backend = engine_of(folder, model.spec, tmp_path / "engine")
+    ids = some_ids((1, 24))
+    walk = Walk(model, torch.from_numpy(ids), torch.device("cpu"), torch.float32)
+    variant = dense_variant(model.spec)
+    parts = [group[variant].log_probs for group in walk.readouts(walk.run([variant]))]
+    found = torch.log_softmax(torch.from_numpy(backend.score(ids)[0, :-1]), -1)
+    torch.testing.assert_close(found, torch.cat(parts), atol=2e-4, rtol=1e-4)
+    names = {name.name for name in backend._session.get_inputs()}
+    assert "past_key_values.0.key" in names
+    assert "past_key_values.1.key" not in names  # no attention, no cache
+
+
+def test_the_files_are_valid_and_share_their_weights(tiny_engine: Path) -> None:
+    for name in (engine.GRAPH, engine.SCORING_GRAPH):
+        onnx.checker.check_model(str(tiny_engine / name))
+    assert [file.name for file in tiny_engine.glob("*.data")] == [engine.DATA]
+    spec = spec_of(tiny_engine)
+    tables = 2 * spec.max_position_embeddings * spec.head_dim // 2
+    stored = (tiny_engine / engine.DATA).stat().st_size
+    assert stored <= 4 * (spec.num_parameters + tables) * 1.01  # a tied matrix is there once
+
+
+def test_a_target_or_precision_of_another_version_is_refused() -> None:
+    from flabc.errors import UnknownNameError
+
+    with pytest.raises(UnknownNameError, match="Known: fp32"):
+        engine.check_choice("precision", "int8", engine.PRECISIONS)

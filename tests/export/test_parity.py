@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flabc import api
+from flabc.errors import ParityError
+from flabc.export import parity
+from flabc.export.weights import CheckpointWeights
+from flabc.runtime.backend import Limits, open_backend
+from flabc.runtime.backends.ort import OrtBackend
+from flabc.spec import ModelSpec
+
+IDS = list(range(3, 3 + sum(parity.LENGTHS)))
+
+
+class Bent:
+    """A backend whose logits are changed on their way out."""
+
+    def __init__(self, inner: Any, bend: Any) -> None:
+        self.inner, self.bend = inner, bend
+
+    def start(self, batch: int) -> None:
+        self.inner.start(batch)
+
+    def extend(self, ids: Any, counts: Any) -> Any:
+        return self.bend(self.inner.extend(ids, counts).copy())
+
+    def score(self, ids: Any) -> Any:
+        return self.bend(self.inner.score(ids).copy())
+
+
+def opened(folder: Path) -> OrtBackend:
+    spec = ModelSpec.from_config(parity_config(folder))
+    backend = open_backend("onnxruntime", folder, spec, Limits(max_batch=4, max_length=256))
+    assert isinstance(backend, OrtBackend)
+    return backend
+
+
+def parity_config(folder: Path) -> dict[str, Any]:
+    import json
+
+    return dict(json.loads((folder / "config.json").read_text()))
+
+
+def test_a_model_agrees_with_itself(tiny_engine: Path) -> None:
+    found = parity.check(opened(tiny_engine), opened(tiny_engine), IDS, max_batch=4)
+    assert found.holds
+    assert found.max_relative == 0
+    assert found.greedy_steps == parity.STEPS
+    assert found.positions == 2 * 4 - 4 + sum(parity.LENGTHS) + 5 * 4 + parity.STEPS
+
+
+def off_by_a_thousandth(logits: Any) -> Any:
+    return logits + 1e-3 * np.abs(logits).max()
+
+
+def not_a_number(logits: Any) -> Any:
+    logits[..., 5] = np.nan
+    return logits
+
+
+def best_and_second_swapped(logits: Any) -> Any:
+    top = np.argsort(logits, axis=-1)[..., -2:]
+    return np.put_along_axis(logits, top, np.take_along_axis(logits, top[..., ::-1], -1), -1) or logits
+
+
+@pytest.mark.parametrize("bend", [off_by_a_thousandth, not_a_number, best_and_second_swapped])
+def test_a_bent_engine_is_caught(tiny_engine: Path, bend: Any) -> None:
+    with pytest.raises(ParityError, match="No folder was written"):
+        parity.check(Bent(opened(tiny_engine), bend), opened(tiny_engine), IDS, max_batch=4)
+
+
+def test_a_tie_is_not_a_difference() -> None:
+    a, b = np.array([1.0, 1.0 + 1e-7, 0.0]), np.array([1.0 + 1e-7, 1.0, 0.0])
+    assert not parity._differ(a, b, 1e-4)
+    assert parity._differ(np.array([1.0, 1.5, 0.0]), b, 1e-4)
+
+
+def test_export_leaves_no_folder_when_the_engine_is_wrong(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = CheckpointWeights.get
+
+    def wrong(self: CheckpointWeights, role: str, layer: int | None = None) -> Any:
+        tensor = true(self, role, layer)
+        return tensor * 1.01 if (role, layer) == ("up", 0) else tensor
+
+    monkeypatch.setattr(CheckpointWeights, "get", wrong)
+    with pytest.raises(ParityError):
+        api.export(tiny_checkpoint, tmp_path / "engine")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flabc.errors import ArtifactError, EngineError, UnknownNameError
+from flabc.runtime.backend import Limits
+from flabc.runtime.sampling import SamplingParams
+from flabc.runtime.session import Session
+
+PROMPT = "def fibonacci(n):"
+
+
+@pytest.fixture(scope="module")
+def session(tiny_engine: Path) -> Session:
+    return Session.open(tiny_engine)
+
+
+def test_greedy_tokens_are_those_of_transformers(session: Session, tiny_checkpoint: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    ids = tokenizer(PROMPT, return_tensors="pt")
+    expected = model.generate(**ids, max_new_tokens=32, do_sample=False)[0, ids["input_ids"].shape[1] :].tolist()
+    for opened in (session, Session.open(tiny_checkpoint)):
+        assert list(opened.generate(PROMPT, SamplingParams(max_tokens=32)).token_ids) == expected
+
+
+def test_streaming_joined_is_the_whole_answer(session: Session) -> None:
+    params = SamplingParams(max_tokens=24, temperature=0.9, top_p=0.95, seed=3)
+    whole = session.generate(PROMPT, params)
+    chunks = list(session.stream(PROMPT, params))
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    assert tuple(i for chunk in chunks for i in chunk.token_ids) == whole.token_ids
+    assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1].finish_reason == whole.finish_reason
+
+
+def test_a_stop_text_ends_the_answer_before_itself(session: Session) -> None:
+    free = session.generate(PROMPT, SamplingParams(max_tokens=24, ignore_eos=True)).text
+    stop = free[5:8]
+    stopped = session.generate(PROMPT, SamplingParams(max_tokens=24, ignore_eos=True, stop=(stop,)))
+    assert stopped.text == free[: free.find(stop)]
+    assert stopped.finish_reason == "stop"
+
+
+def test_the_end_token_ends_and_can_be_ignored(session: Session) -> None:
+    first = session.generate(PROMPT, SamplingParams(max_tokens=1)).token_ids[0]
+    ids = session.codec.eos_ids
+    try:
+        session.codec.eos_ids = frozenset({first})
+        ended = session.generate(PROMPT, SamplingParams(max_tokens=8))
+        ignored = session.generate(PROMPT, SamplingParams(max_tokens=8, ignore_eos=True))
+    finally:
+        session.codec.eos_ids = ids
+    assert (ended.token_ids, ended.finish_reason) == ((first,), "stop")
+    assert (len(ignored.token_ids), ignored.finish_reason) == (8, "length")
+
+
+def test_one_answer_leaves_nothing_behind_for_the_next(session: Session) -> None:
+    first = session.generate(PROMPT)
+    session.generate("something else entirely, and longer than before")
+    assert session.generate(PROMPT) == first
+
+
+def test_limits_are_kept_and_told(tiny_engine: Path) -> None:
+    short = Session.open(tiny_engine, limits=Limits(max_length=12))
+    assert len(short.generate("a", SamplingParams(max_tokens=99, ignore_eos=True)).token_ids) <= 12
+    with pytest.raises(EngineError, match=r"fewer than 12.*max-length"):
+        short.generate(PROMPT * 9)
+    with pytest.raises(EngineError, match="empty"):
+        short.generate("")
+    with pytest.raises(EngineError, match="at most 1"):
+        short.backend.start(2)
+
+
+def test_never_more_tokens_than_the_model_has_positions(tiny_engine: Path) -> None:
+    opened = Session.open(tiny_engine, limits=Limits(max_length=10**6))
+    assert opened.backend.limits.max_length == opened.spec.max_position_embeddings
+
+
+def test_a_flipped_byte_is_refused_by_name(tiny_engine: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "engine"
+    shutil.copytree(tiny_engine, copy)
+    data = bytearray((copy / "model.onnx.data").read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / "model.onnx.data").write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"model\.onnx\.data"):
+        Session.open(copy)
+
+
+def test_asking_for_cuda_is_never_answered_with_the_cpu(tiny_engine: Path, tiny_checkpoint: Path) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this machine has CUDA")
+    for folder in (tiny_engine, tiny_checkpoint):
+        with pytest.raises(EngineError, match="CUDA"):
+            Session.open(folder, limits=Limits(provider="cuda"))
+
+
+def test_unknown_names_get_a_guess(tiny_engine: Path) -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'onnxruntime'"):
+        Session.open(tiny_engine, backend="onnxruntim")
+    with pytest.raises(UnknownNameError, match="Did you mean 'cpu'"):
+        Session.open(tiny_engine, limits=Limits(provider="cpuu"))
+
+
+def test_backends_agree_on_a_ragged_batch(tiny_engine: Path, tiny_checkpoint: Path) -> None:
+    ids, counts = np.random.default_rng(1).integers(3, 500, (2, 9)), np.array([4, 9])
+    answers = []
+    for folder in (tiny_engine, tiny_checkpoint):
+        backend = Session.open(folder, limits=Limits(max_batch=2)).backend
+        backend.start(2)
+        backend.extend(ids, counts)
+        answers.append(backend.extend(ids[:, :1], np.array([1, 1])))
+    np.testing.assert_allclose(*answers, atol=2e-4)
+
+
+WITHOUT_TORCH = """
+import sys
+class Wall:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "transformers", "onnx", "safetensors"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Wall())
+from flabc import Session
+from flabc.runtime.sampling import SamplingParams
+print(list(Session.open(sys.argv[1]).generate(sys.argv[2], SamplingParams(max_tokens=16)).token_ids))
+"""
+
+
+def test_an_engine_runs_where_torch_is_not(session: Session, tiny_engine: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_TORCH, str(tiny_engine), PROMPT]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert eval(done.stdout) == list(session.generate(PROMPT, SamplingParams(max_tokens=16)).token_ids)
