@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flabc.errors import MissingExtraError
-from flabc.perf import report, table
+from flabc.perf import plots, report, table
 from flabc.runtime.measure.result import BenchResult, Sample
 
 HOSTILE = "</title><script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
@@ -118,24 +118,24 @@ def test_every_plot_is_there_and_says_what_it_shows(page: Page) -> None:
 
 
 def test_all_samples_are_dots(result: BenchResult) -> None:
-    drawing = report.svg(report.plots(result)[0])
+    drawing = plots.svg(plots.plots(result)[0])
     dots = re.findall(r"<use [^>]*var\(--(dense|pruned)\)", drawing)
     assert dots.count("dense") == len(result.baseline.samples)
     assert dots.count("pruned") == len(result.candidate.samples)
 
 
 def test_drawings_have_no_colour_of_their_own(result: BenchResult) -> None:
-    for plot in report.plots(result):
-        drawing = report.svg(plot)
+    for plot in plots.plots(result):
+        drawing = plots.svg(plot)
         inks = set(re.findall(r"var\(--(\w+)\)", drawing))
-        assert inks - set(report.INKS) == {"sans"}, plot.name
+        assert inks - set(plots.INKS) == {"sans"}, plot.name
         assert not re.findall(r"(?:fill|stroke): #", drawing), plot.name
         assert "<metadata" not in drawing
         assert "DejaVu" not in drawing
 
 
 def test_drawing_is_reproducible(result: BenchResult) -> None:
-    first, again = (report.svg(report.plots(result)[0]) for _ in range(2))
+    first, again = (plots.svg(plots.plots(result)[0]) for _ in range(2))
     assert first == again
 
 

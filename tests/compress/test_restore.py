@@ -1,0 +1,85 @@
+"""The restore stage: closed-form refits that follow the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from flabc.compress import load, restore
+from flabc.compress.config import Calibration, RestoreConfig
+from flabc.compress.data import corpus
+from flabc.compress.model import CausalLM, cut_channels, cut_layers, cut_vocab
+from flabc.compress.stage import Context
+from flabc.compress.walk import Walk, dense_variant
+
+
+def context_for(dense: CausalLM) -> Context:
+    return Context(
+        dense=dense,
+        calibration=Calibration(corpus="python-stdlib", sequences=8, sequence_length=64),
+        documents=corpus.load("python-stdlib", "calibration")[:60],
+        heldout=corpus.load("python-stdlib", "heldout")[:20],
+        target_parameters=None,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        seed=0,
+    )
+
+
+def last_states(model: CausalLM, tokens: torch.Tensor) -> torch.Tensor:
+    variant = dense_variant(model.spec)
+    return Walk(model, tokens, torch.device("cpu"), torch.float32).run([variant])[variant]
+
+
+def test_the_change_is_damped_least_squares() -> None:
+    rng = np.random.default_rng(0)
+    x, gap, damping = rng.normal(size=(5000, 6)), rng.normal(size=(5000, 4)), 0.3
+    ridge = np.sqrt(damping * (x**2).sum(0).mean())
+    expected = np.linalg.lstsq(np.vstack([x, ridge * np.eye(6)]), np.vstack([gap, np.zeros((6, 4))]), rcond=None)[0].T
+    found = restore.explain(torch.from_numpy(gap).float(), torch.from_numpy(x).float(), damping)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_model_that_was_not_cut_is_left_as_it_is(any_tiny: Path) -> None:
+    dense = load.load(str(any_tiny))
+    plan = restore.plan(dense, RestoreConfig(), context_for(dense))
+    for layer, down in plan.down.items():
+        torch.testing.assert_close(down, dense.tensor("down", layer), atol=1e-4, rtol=1e-4)
+
+
+def test_what_was_cut_comes_nearer_to_the_dense_model(any_tiny: Path) -> None:
+    dense = load.load(str(any_tiny))
+    context = context_for(dense)
+    cut = cut_channels(cut_layers(dense, [0, 2]), {0: range(60), 1: range(60)})
+    restored = restore.apply(cut, restore.plan(cut, RestoreConfig(), context))
+    tokens = context.tokens(cut)
+    wanted = last_states(dense, tokens)
+    before, after = ((last_states(model, tokens) - wanted).square().mean() for model in (cut, restored))
+    assert after < 0.8 * before
+    assert restored.spec == cut.spec
+
+
+def test_the_reported_distance_is_that_of_the_restored_model(tiny: Callable[[str], Path]) -> None:
+    dense = load.load(str(tiny("qwen2-tied")))
+    context = context_for(dense)
+    cut = cut_layers(dense, [0, 2])
+    plan = restore.plan(cut, RestoreConfig(), context)
+    tokens = context.tokens(cut)
+    wanted, found = last_states(dense, tokens), last_states(restore.apply(cut, plan), tokens)
+    distance = float((found - wanted).square().sum() / wanted.square().sum())
+    assert abs(plan.details["last_layer"] - distance) < 1e-3 * max(1e-3, distance) + 1e-5
+
+
+def test_targets_are_the_dense_states_where_each_kept_layer_ends(tiny: Callable[[str], Path]) -> None:
+    dense = load.load(str(tiny("llama-tied")))
+    context = context_for(dense)
+    keep_rows = list(range(0, dense.spec.vocab_size - 1))
+    cut = cut_layers(cut_vocab(dense, keep_rows), [0, 1])  # the last layer is gone
+    tokens = torch.tensor([[5, 9, 30, 31]])
+    states = list(restore.dense_states(cut, context, tokens))
+    first = cut_layers(dense, [0])
+    torch.testing.assert_close(states[0], last_states(first, tokens))
+    torch.testing.assert_close(states[1], last_states(dense, tokens))  # makes up for the removed one too
