@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flabc.console import track
 from flabc.errors import StageError
 
 from .config import FFNConfig
@@ -41,7 +42,7 @@ def plan(model: CausalLM, config: FFNConfig, context: Context) -> FFNPlan:
         return FFNPlan("ffn: the target is reached; nothing to remove")
     heard = listen(model, context)
     keep, down, errors = {}, {}, []
-    for layer, width in widths.items():
+    for layer, width in track(widths.items(), "choosing channels", len(widths)):
         scores = SCORES[config.score](heard[layer])
         kept = scores.topk(width).indices.sort().values
         keep[layer] = tuple(kept.tolist())

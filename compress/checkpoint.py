@@ -29,6 +29,9 @@ def write(model: CausalLM, folder: Path) -> None:
     write_tokenizer(model, folder)
     weights = {name: model.weights[name].contiguous() for name in model.spec.shapes()}
     save_torch_state_dict(weights, folder, metadata={"format": "pt"})
+    for file in folder.glob("*.safetensors"):
+        # The writer makes its files readable by their owner alone; a server may run as somebody else.
+        file.chmod((folder / "config.json").stat().st_mode)
 
 
 def write_tokenizer(model: CausalLM, folder: Path) -> None:

@@ -82,24 +82,29 @@ def load(model: str, *, tie: bool = False) -> CausalLM:
         UnknownNameError: if the name or the family is not known.
     """
     location = locate(model)
+    with progress(f"reading {model}"):
+        loaded = _read(location)
+        check_weights(loaded)
+        return _tied(loaded, location) if tie else loaded
+
+
+def _read(location: Location) -> CausalLM:
     config = read_config(location)
     spec = ModelSpec.from_config(config)  # refuses unknown families before any weight is read
     config = {key: value for key, value in config.items() if key not in ("quantization_config", "_name_or_path")}
     weights = _gguf_weights(location, config) if location.file else _safetensors_weights(location.folder)
     if spec.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
-    loaded = CausalLM(
+    return CausalLM(
         spec=spec,
         config=config | {"dtype": _dtype_name(weights)},
         generation_config=_generation_config(location, config),
         tokenizer=read_tokenizer(location),
         weights=weights,
-        source=SourceRecord(name=model, files=_source_hashes(location)),
+        source=SourceRecord(name=location.name, files=_source_hashes(location)),
         token_origin=tuple(range(spec.vocab_size)),
         layer_origin=tuple(range(len(spec.layers))),
     )
-    check_weights(loaded)
-    return _tied(loaded, location) if tie else loaded
 
 
 def read_config(location: Location) -> dict[str, Any]:
@@ -185,7 +190,7 @@ def _gguf_weights(location: Location, config: Mapping[str, Any]) -> dict[str, Te
     """All tensors of a GGUF under Hugging Face's names, dequantised by transformers' own loader."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with progress(f"reading {location.file}"), _quiet_transformers():
+    with _quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(
             location.folder,
             gguf_file=location.file,

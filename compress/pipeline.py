@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from flabc.console import note
-from flabc.errors import FlabcError, StageError
+from flabc.errors import FlabcError, StageError, UsageError
 
 from .channels import FFN
 from .config import Calibration, Config, FFNConfig, LayersConfig, RestoreConfig, Target, VocabConfig
@@ -126,9 +126,18 @@ def bits_per_byte(model: CausalLM, context: Context) -> float:
     return round(nats / log(2) / max(1.0, weight), 5)
 
 
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise UsageError(f"Torch cannot compute on {name!r}: {str(error).splitlines()[0]}") from error
+    return device
+
+
 def _context(model: CausalLM, target: Target | None, calibration: Calibration, device: str, seed: int) -> Context:
     torch.manual_seed(seed)
-    place = torch.device(device)
+    place = _device(device)
     return Context(
         dense=model,
         calibration=calibration,

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import functools
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from flabc import api
 from flabc.compress.data import corpus
+
+# A busy machine must not look like a slow function.
+hypothesis.settings.register_profile("flabc", deadline=None)
+hypothesis.settings.load_profile("flabc")
+
+# Started in the background, this process ignores Ctrl-C, and so would those that the tests interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 #: Shapes small enough for milliseconds, uneven enough to catch swapped axes.
 TINY = {

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from flabc import artifact
 from flabc.artifact import Artifact
+from flabc.console import progress
 from flabc.errors import EngineError, FlabcError, UnknownNameError, require
 from flabc.recipe import Recipe
 from flabc.recipe import load as load_recipe
@@ -130,9 +131,10 @@ def inspect(model: str) -> Inspection:
     require("torch", "compress")
     from flabc.compress import load
 
-    location = load.locate(model)
-    spec = ModelSpec.from_config(load.read_config(location))
-    cosine = load.duplicate_output_cosine(location)
+    with progress(f"reading {model}"):
+        location = load.locate(model)
+        spec = ModelSpec.from_config(load.read_config(location))
+        cosine = load.duplicate_output_cosine(location)
     return Inspection(
         model=model,
         spec=spec,

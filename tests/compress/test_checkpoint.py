@@ -169,3 +169,8 @@ def test_a_target_is_what_the_saved_model_has(tiny: Callable[[str], Path], corpu
     saved = AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters()
     step = 4 * 2 * (3 * dense.spec.hidden_size + 2)
     assert 0.6 * dense.spec.num_parameters - step <= saved <= 0.6 * dense.spec.num_parameters + 1
+
+
+def test_whoever_may_read_the_config_may_read_the_weights(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    checkpoint.write(load.load(str(tiny("llama-tied"))), tmp_path)
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1

@@ -21,7 +21,7 @@ from flabc.compress.data import corpus
 from flabc.compress.data.corpus import Document
 from flabc.compress.model import CausalLM, TokenizerFiles
 from flabc.compress.stage import Plan, Stage
-from flabc.errors import CorpusError, ModelError, StageError
+from flabc.errors import CorpusError, ModelError, StageError, UsageError
 
 STAGES = (VocabConfig(max_size=512), LayersConfig(count=1, sequences=4), FFNConfig(multiple_of=4))
 Ran = tuple[CausalLM, list[pipeline.StageReceipt], dict[str, Any]]
@@ -191,3 +191,11 @@ def test_a_model_can_be_cut_again(tied: CausalLM, calibration: Calibration, ran:
     )
     assert again.spec.vocab_size == 448
     assert len(again.spec.layers) == len(ran[0].spec.layers)
+
+
+def test_a_device_that_torch_lacks_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="nonsense"):
+        pipeline._device("nonsense")
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="cuda"):
+            pipeline._device("cuda")
