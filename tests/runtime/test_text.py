@@ -37,7 +37,9 @@ def codec(tiny_checkpoint: Path) -> TextCodec:
 def test_streaming_gives_whole_characters_and_all_of_them(codec: TextCodec, text: str) -> None:
     ids = codec.encode_plain(text)
     pieces = list(codec.pieces(ids))
-    assert "".join(pieces) == codec.decode(ids) == text
+    normalizer = codec.tokenizer.normalizer  # the qwen2 family composes characters (NFC) before it cuts
+    expected = normalizer.normalize_str(text) if normalizer else text
+    assert "".join(pieces) == codec.decode(ids) == expected
     assert not any("\ufffd" in piece for piece in pieces if "\ufffd" not in text)
 
 
