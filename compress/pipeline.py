@@ -74,7 +74,7 @@ def run(
         the cut model, a receipt for each stage, and how the result does on held-out text.
 
     Raises:
-        StageError: if a stage cannot do what it was asked; it is named.
+        StageError: if a stage cannot do what it was asked (it is named), or all together miss the target.
     """
     context = _context(model, target, calibration, device, seed)
     dense, receipts = model, list[StageReceipt]()
@@ -89,6 +89,7 @@ def run(
             raise StageError(f"Stage {name!r} stopped: {error}") from error
         seconds = round(time.monotonic() - started, 2)
         receipts.append(StageReceipt(name, plan.summary, model.spec.num_parameters, seconds, dict(plan.details)))
+    _check_target(model, context)
     quality = {
         "calibration": corpus.fingerprint(context.documents),
         "heldout": corpus.fingerprint(context.heldout),
@@ -124,6 +125,18 @@ def bits_per_byte(model: CausalLM, context: Context) -> float:
             nats -= float(readout.log_probs.gather(-1, readout.targets[:, None]).sum())
         weight += len(document.text.encode()) - len(tokenizer.decode(ids[:1]).encode())
     return round(nats / log(2) / max(1.0, weight), 5)
+
+
+def _check_target(model: CausalLM, context: Context) -> None:
+    wanted, found = context.target_parameters, model.spec.num_parameters
+    if wanted is not None and found > wanted:
+        nearest = found / context.dense.spec.num_parameters
+        raise StageError(
+            "The recipe's stages do not reach its target.",
+            expected=f"at most {wanted:,} parameters",
+            found=f"{found:,}, which is target.params={nearest:.3f}",
+            fix="Raise target.params to that, or let the stages cut more; an ffn stage without a rate takes the rest.",
+        )
 
 
 def _device(name: str) -> torch.device:

@@ -164,20 +164,15 @@ class Walk:
         """
         totals = dict.fromkeys(variants, 0.0)
         count = 0
-        reference: Variant = ()
+        reference: Variant = ()  # no variant of a model is empty
         with progress("comparing with the dense model", self.tokens[:, 1:].numel()) as advance:
-            for group in self._paired(reference, dense, variants):
+            for group in self.readouts({reference: dense, **variants}):
                 base = group.pop(reference)
                 for variant, readout in group.items():
                     totals[variant] += float(criterion(base, readout).sum())
                 count += len(base.targets)
                 advance(len(base.targets))
         return {variant: total / count for variant, total in totals.items()}
-
-    def _paired(
-        self, reference: Variant, dense: Tensor, variants: Mapping[Variant, Tensor]
-    ) -> Iterator[dict[Variant, Readout]]:
-        return self.readouts({reference: dense, **variants})
 
 
 def steps_of(variants: Sequence[Variant]) -> list[int]:

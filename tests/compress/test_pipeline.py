@@ -199,3 +199,13 @@ def test_a_device_that_torch_lacks_is_a_usage_error() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(UsageError, match="cuda"):
             pipeline._device("cuda")
+
+
+def test_a_target_that_the_stages_miss_is_told_with_the_nearest(tied: CausalLM) -> None:
+    with pytest.raises(StageError, match=r"do not reach its target.*target\.params=0\.\d+"):
+        pipeline.run(
+            tied,
+            [LayersConfig(count=1, sequences=1)],
+            target=Target(params=0.3),
+            calibration=Calibration(sequences=2, sequence_length=32),
+        )
