@@ -42,7 +42,7 @@ class Graph:
 
     def constant(self, name: str, value: Array) -> ir.Value:
         """A small tensor that is part of the graph; one of each name."""
-        return self._initializer(name, ir.tensor(value, name=name))
+        return self._initializer(name, self.stored[name] if name in self.stored else ir.tensor(value, name=name))
 
     def weight(self, name: str, shape: tuple[int, ...], make: Callable[[], Array]) -> ir.Value:
         """A tensor of the model, made when the file is written.
@@ -52,8 +52,6 @@ class Graph:
             shape: its shape.
             make: reads it, float32.
         """
-        if name in self.stored:
-            return self._initializer(name, self.stored[name])
 
         def tensor() -> ir.TensorProtocol:
             return ir.tensor(np.ascontiguousarray(make()), name=name)
@@ -92,7 +90,7 @@ class Graph:
         for value in self.tape.initializers:
             if value.name == name:
                 return value
-        return self.tape.initializer(tensor, name)
+        return self.tape.initializer(self.stored.get(name, tensor), name)
 
 
 def build(graph: Graph, dialect: Dialect, *, scoring: bool = False) -> ir.Model:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -60,20 +61,16 @@ class TextCodec:
         Raises:
             EngineError: if the model has no chat template, or the template refuses the messages.
         """
-        from jinja2 import TemplateError
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
         if self.chat_template is None:
             raise EngineError("The model has no chat template.", fix="Give it a plain prompt.")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = _tojson
-        special = {key: _content(value) for key, value in self._config.items() if key.endswith("_token")}
+        special = {key: _content(value) for key, value in self._config.items() if key.endswith("_token") and value}
+        given = {"messages": messages, "tools": None, "documents": None, **special}
         try:
-            template = environment.from_string(self.chat_template)
-            return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **special)
-        except TemplateError as error:
+            template = _template_environment().from_string(self.chat_template)
+            prompt: str = template.render(add_generation_prompt=add_generation_prompt, **given)
+        except Exception as error:  # a template computes, so it may fail as any program may
             raise EngineError(f"The chat template refuses the messages: {error}") from error
+        return prompt
 
 
 def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[tuple[str, bool]]:
@@ -100,6 +97,22 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
+def _template_environment() -> Any:
+    """Jinja as transformers' ``apply_chat_template`` sets it up: what templates are written for."""
+    from jinja2 import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
@@ -114,6 +127,12 @@ def _content(token: Any) -> Any:
     return token["content"] if isinstance(token, dict) else token
 
 
-def _tojson(value: Any, indent: int | None = None) -> str:
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """Jinja's own filter escapes HTML, which a prompt is not."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

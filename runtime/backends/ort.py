@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -111,9 +112,13 @@ class OrtBackend:
             options.intra_op_num_threads = self.limits.threads
         file, providers = self._folder / graph, self._providers()
         try:
-            return self._ort.InferenceSession(str(file), options, providers=providers)
+            session = self._ort.InferenceSession(str(file), options, providers=providers)
         except Exception as error:  # onnxruntime's exceptions share no public root
             raise EngineError(f"ONNX Runtime cannot open {file}: {error}") from error
+        # A provider whose libraries do not load is dropped with no more than a warning.
+        if providers[0] not in session.get_providers():
+            raise _no_provider(providers[0], session.get_providers())
+        return session
 
     def _providers(self) -> list[str]:
         """The execution providers to ask for; never fewer than the caller asked for."""
@@ -124,10 +129,14 @@ class OrtBackend:
             raise UnknownNameError("provider", self.limits.provider, ["auto", *PROVIDERS])
         wanted = PROVIDERS[self.limits.provider]
         if wanted not in available:
-            raise EngineError(
-                f"This ONNX Runtime has no {wanted}.",
-                expected=wanted,
-                found=", ".join(available),
-                fix="Run flabc doctor to see what this machine can do.",
-            )
+            raise _no_provider(wanted, available)
         return [wanted]
+
+
+def _no_provider(wanted: str, found: Sequence[str]) -> EngineError:
+    return EngineError(
+        f"This ONNX Runtime has no working {wanted}.",
+        expected=wanted,
+        found=", ".join(found),
+        fix="Run flabc doctor to see what this machine can do.",
+    )

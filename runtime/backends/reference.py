@@ -1,4 +1,8 @@
-"""Torch and transformers: checkpoints, as the dense reference. The only module of the runtime that imports torch."""
+"""Torch and transformers: checkpoints, as the dense reference. The only module of the runtime that imports torch.
+
+It computes in float32 whatever the weights are stored in, as engines do: half precision rounds by more than the
+differences that the reference is there to show.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +44,9 @@ class TorchBackend:
         verbosity = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=self._torch.float32, local_files_only=True
+        )
         transformers.logging.set_verbosity(verbosity)
         self._model = model.to(device).eval()
         self._cache_class = transformers.DynamicCache

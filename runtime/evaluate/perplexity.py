@@ -17,8 +17,8 @@ from flabc.errors import CorpusError
 from flabc.runtime.backend import Backend, Ids, Logits
 from flabc.runtime.text import TextCodec
 
-#: Tokens that a window holds, and how many of them are new in each window after the first. The model's own
-#: limit applies if it is shorter.
+#: Tokens that a window holds, and how many of them are new in each window after the first. Where the model's own
+#: limit is shorter, it is the window, and at most half of it is new.
 WINDOW, STRIDE = 1024, 512
 
 
@@ -65,14 +65,16 @@ def perplexity(backend: Backend, codec: TextCodec, texts: Sequence[str]) -> Perp
     """
     if not any(texts):
         raise CorpusError("There is no text to score.")
+    window = min(WINDOW, backend.spec.max_position_embeddings)
+    stride = min(STRIDE, window // 2)
     nll, tokens = 0.0, 0
     with progress("scoring held-out text", len(texts)) as advance:
         for text in texts:
             ids = codec.encode_plain(text)
             if codec.prefix_id is not None:
                 ids = [codec.prefix_id, *ids]
-            for window, new in windows(len(ids), min(WINDOW, backend.spec.max_position_embeddings), STRIDE):
-                part = np.array([ids[window]], np.int64)
+            for span, new in windows(len(ids), window, stride):
+                part = np.array([ids[span]], np.int64)
                 nll += float(token_nll(backend.score(part)[0], part[0])[-new:].sum())
                 tokens += new
             advance(1)
@@ -84,7 +86,7 @@ def windows(length: int, window: int, stride: int) -> Iterator[tuple[slice, int]
     """Windows over ``length`` tokens, and how many predictions at the end of each are new.
 
     Every token but the first is predicted exactly once; all but the first window give ``window - stride`` tokens of
-    context.
+    context. ``stride`` is less than ``window``: a window's first token has nothing before it to be predicted from.
     """
     done = 1  # the first token has nothing before it
     end = min(window, length)

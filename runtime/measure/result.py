@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from flabc.runtime.evaluate.perplexity import Perplexity
 from flabc.spec import ModelSpec
@@ -22,10 +22,10 @@ class Record(BaseModel):
 class Workload(Record):
     """What every run does: one prompt of ``prompt_tokens``, ``output_tokens`` generated, stop tokens ignored."""
 
-    prompt_tokens: int = 128
-    output_tokens: int = 64
-    rounds: int = 5
-    threads: int | None = None
+    prompt_tokens: int = Field(128, ge=1)
+    output_tokens: int = Field(64, ge=2)  # time per token is measured between tokens
+    rounds: int = Field(5, ge=1)
+    threads: int | None = Field(None, ge=1)
 
 
 class Sample(Record):

@@ -32,6 +32,7 @@ PLANNED = {
     "serve": "Serve an engine over an OpenAI-compatible API.",
 }
 
+AT_LEAST_ONE = click.IntRange(1)
 FORCE = click.option("--force", is_flag=True, help="Replace an output folder that is not empty.")
 TIE = click.option("--tie", is_flag=True, help="Tie input and output matrices that a GGUF stores twice.")
 CORPUS = click.option(
@@ -208,7 +209,7 @@ def export(
 @click.option("--top-p", default=1.0, show_default=True, help="Sample from this much probability.")
 @click.option("--stop", multiple=True, help="A text that ends the answer; repeatable.")
 @SEED
-@click.option("--threads", type=int, help="Threads for the computation.")
+@click.option("--threads", type=AT_LEAST_ONE, help="Threads for the computation.")
 @json_option
 def run(
     engine: str | None,
@@ -282,10 +283,14 @@ def evaluate(target: str, task: str, corpus: str, tie: bool, as_json: bool) -> N
 @click.argument("engine", required=False)
 @click.option("--baseline", type=click.Path(), help="The engine to compare with.")
 @click.option("-o", "--output", type=click.Path(), help="The report folder to write.")
-@click.option("--prompt-tokens", default=128, show_default=True, help="Tokens of each prompt.")
-@click.option("--output-tokens", default=64, show_default=True, help="Tokens that each run produces.")
-@click.option("--rounds", default=5, show_default=True, help="Rounds of dense, pruned, pruned, dense.")
-@click.option("--threads", type=int, help="Threads for the computation.")
+@click.option("--prompt-tokens", type=AT_LEAST_ONE, default=128, show_default=True, help="Tokens of each prompt.")
+@click.option(
+    "--output-tokens", type=click.IntRange(2), default=64, show_default=True, help="Tokens that each run produces."
+)
+@click.option(
+    "--rounds", type=AT_LEAST_ONE, default=5, show_default=True, help="Rounds of dense, pruned, pruned, dense."
+)
+@click.option("--threads", type=AT_LEAST_ONE, help="Threads for the computation.")
 @CORPUS
 @FORCE
 @json_option

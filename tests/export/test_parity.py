@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,48 @@ def test_a_tie_is_not_a_difference() -> None:
     a, b = np.array([1.0, 1.0 + 1e-7, 0.0]), np.array([1.0 + 1e-7, 1.0, 0.0])
     assert not parity._differ(a, b, 1e-4)
     assert parity._differ(np.array([1.0, 1.5, 0.0]), b, 1e-4)
+
+
+class Table:
+    """A model whose next-token logits depend on the last token alone."""
+
+    def __init__(self, logits: Any) -> None:
+        self.logits = logits
+
+    def start(self, batch: int) -> None:
+        pass
+
+    def extend(self, ids: Any, counts: Any) -> Any:
+        return self.logits[ids[np.arange(len(ids)), counts - 1]]
+
+    def score(self, ids: Any) -> Any:
+        return self.logits[ids]
+
+
+@pytest.mark.parametrize(("lead", "holds"), [(1e-4, True), (1e-2, False)])
+def test_a_swap_of_the_two_best_counts_only_if_one_was_clearly_better(lead: float, holds: bool) -> None:
+    logits = np.random.default_rng(0).normal(size=(200, 200)).astype(np.float32)
+    logits[:, 7], logits[:, 9] = 10 + lead, 10
+    swapped = logits.copy()
+    swapped[:, [7, 9]] = logits[:, [9, 7]]
+    if holds:
+        found = parity.check(Table(swapped), Table(logits), IDS, max_batch=4)
+        assert (found.greedy_mismatches, found.top1_agreement) == (0, 0)
+        return
+    with pytest.raises(ParityError, match="64 of 64 tokens"):
+        parity.check(Table(swapped), Table(logits), IDS, max_batch=4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_model_stored_in_half_precision_is_proven_in_full(
+    tiny: Callable[[str], Path], tmp_path: Path, dtype: str
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, half = tiny("llama-untied-biased"), tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(source, dtype=dtype).save_pretrained(half)
+    AutoTokenizer.from_pretrained(source).save_pretrained(half)
+    assert api.export(half, tmp_path / "engine").parity["max_relative"] < 1e-5
 
 
 def test_export_leaves_no_folder_when_the_engine_is_wrong(

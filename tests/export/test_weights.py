@@ -38,3 +38,18 @@ def test_a_missing_tensor_is_named(any_tiny: Path, tmp_path: Path) -> None:
     save_file({"other": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match=r"model\.layers\.0\.mlp\.up_proj\.weight"):
         CheckpointWeights(tmp_path, spec).get("up", 0)
+
+
+def test_a_tensor_missing_from_the_index_is_named(any_tiny: Path, tmp_path: Path) -> None:
+    spec = ModelSpec.from_config(json.loads((any_tiny / "config.json").read_text()))
+    save_file({"other": torch.zeros(1)}, tmp_path / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {"other": "model-00001-of-00001.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"model\.layers\.2\.self_attn\.v_proj\.weight"):
+        CheckpointWeights(tmp_path, spec).get("v", 2)
+
+
+def test_a_folder_without_weights_says_so(any_tiny: Path, tmp_path: Path) -> None:
+    spec = ModelSpec.from_config(json.loads((any_tiny / "config.json").read_text()))
+    with pytest.raises(ModelError, match=r"model\.embed_tokens\.weight"):
+        CheckpointWeights(tmp_path, spec).get("embedding")

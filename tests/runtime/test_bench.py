@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from flabc.errors import EngineError
-from flabc.runtime import doctor
 from flabc.runtime.measure import bench
 from flabc.runtime.measure.result import Sample, Workload
 
@@ -58,16 +59,38 @@ def test_an_engine_that_cannot_be_opened_is_told(tmp_path: Path) -> None:
         bench.Process(tmp_path, SMALL)
 
 
-def test_two_onnxruntimes_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "version_of", lambda _: "1.0")
-    (clash,) = [finding for finding in doctor.examine() if finding.name == "clashing packages"]
-    assert clash.status == "problem"
-    assert "pip uninstall" in clash.fix
+class Timed:
+    """A process whose runs take as long as it is told."""
+
+    def __init__(self, *totals_ms: float) -> None:
+        self.totals_ms = list(totals_ms)
+
+    def run(self, text: str, workload: Workload) -> Sample:
+        return Sample(ttft_ms=self.totals_ms.pop(0), token_ms=(0,))
 
 
-def test_what_is_missing_comes_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "version_of", lambda _: None)
-    findings = {finding.name: finding for finding in doctor.examine()}
-    for extra in doctor.EXTRAS:
-        assert findings[f"extra {extra}"].fix == f"pip install 'flabc[{extra}]'"
-    assert findings["clashing packages"].status == "ok"
+@pytest.mark.parametrize(
+    ("totals_ms", "runs"),
+    [
+        ((100, 101), 2),
+        ((200, 100, 109), 3),
+        ((100, 200, 100, 200, 100, 200, 100), bench.MAX_WARMUPS),  # never steady
+    ],
+)
+def test_warming_up_ends_when_runs_are_steady_or_at_the_bound(totals_ms: tuple[float, ...], runs: int) -> None:
+    process: Any = Timed(*totals_ms)
+    assert bench._warm_up(process, TEXT, SMALL) == runs
+    assert len(process.totals_ms) == len(totals_ms) - runs
+
+
+def test_a_run_cut_short_by_the_model_is_refused(tiny_engine: Path) -> None:
+    process = bench.Process(tiny_engine, SMALL)
+    with pytest.raises(EngineError, match=r"too few tokens.*Expected: 5.*Found: 4"):
+        process.run(TEXT, SMALL.model_copy(update={"output_tokens": 5}))
+    process.close()
+
+
+@pytest.mark.parametrize("wrong", [{"output_tokens": 1}, {"rounds": 0}, {"prompt_tokens": 0}, {"threads": 0}])
+def test_a_workload_that_measures_nothing_is_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValidationError):
+        Workload.model_validate(wrong)

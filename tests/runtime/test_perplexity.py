@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from math import log
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from flabc.errors import CorpusError
 from flabc.runtime.evaluate import perplexity as module
 from flabc.runtime.evaluate.perplexity import Perplexity, perplexity, token_nll, windows
 from flabc.runtime.session import Session
+
+CODE = "for i in range(10):\n    print(i)\n" * 8
 
 
 @given(st.integers(0, 300), st.integers(2, 50), st.integers(1, 49))
@@ -49,16 +53,67 @@ def test_the_sum_is_the_loss_of_transformers(tiny_engine: Path, tiny_checkpoint:
     assert found.bits_per_byte == pytest.approx(found.nll_nats / log(2) / len(text))
 
 
-def test_windows_change_nothing_when_the_text_fits(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def strided_loss(model: Any, ids: torch.Tensor, window: int, stride: int) -> tuple[float, int]:
+    """The loop of transformers' documentation ("Perplexity of fixed-length models"), and the tokens it scored."""
+    total, scored, before = 0.0, 0, 0
+    for begin in range(0, ids.shape[1], stride):
+        end = min(begin + window, ids.shape[1])
+        labels = ids[:, begin:end].clone()
+        labels[:, : before - begin] = -100  # scored already; nothing is masked in the first window
+        count = int((labels[:, 1:] != -100).sum())
+        if count:
+            with torch.no_grad():
+                total += float(model(ids[:, begin:end], labels=labels).loss) * count
+        scored, before = scored + count, end
+        if end == ids.shape[1]:
+            break
+    return total, scored
+
+
+def tokens_as_text(ids: list[int]) -> Any:
+    """A codec for a text whose tokens are these."""
+    return SimpleNamespace(encode_plain=lambda _: ids[1:], prefix_id=ids[0])
+
+
+@pytest.mark.parametrize(("window", "stride"), [(40, 20), (48, 16), (None, None)])
+def test_strided_windows_give_the_loss_that_transformers_documents(
+    tiny_engine: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, window: int | None, stride: int | None
+) -> None:
+    from transformers import AutoModelForCausalLM
+
     session = Session.open(tiny_engine)
-    text = "for i in range(10):\n    print(i)\n" * 8
-    whole = perplexity(session.backend, session.codec, [text])
-    monkeypatch.setattr(module, "WINDOW", 40)
-    monkeypatch.setattr(module, "STRIDE", 20)
-    strided = perplexity(session.backend, session.codec, [text])
-    assert strided.tokens == whole.tokens
-    assert strided.nll_nats != whole.nll_nats
-    assert strided.nll_nats == pytest.approx(whole.nll_nats, rel=0.2)
+    if window is not None:
+        monkeypatch.setattr(module, "WINDOW", window)
+        monkeypatch.setattr(module, "STRIDE", stride)
+    else:  # as shipped: the model has fewer positions than a window
+        window, stride = session.spec.max_position_embeddings, session.spec.max_position_embeddings // 2
+        assert window <= module.STRIDE
+    assert stride is not None
+    ids = np.random.default_rng(0).integers(3, 500, window + 3 * stride)
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    expected, scored = strided_loss(model, torch.from_numpy(ids)[None], window, stride)
+    found = perplexity(session.backend, tokens_as_text(ids.tolist()), ["any"])
+    assert found.tokens == scored == len(ids) - 1
+    assert found.nll_nats == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_text_that_fits_is_scored_as_one_window(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session.open(tiny_engine)
+    usual = perplexity(session.backend, session.codec, [CODE])
+    monkeypatch.setattr(module, "WINDOW", usual.tokens + 1)
+    for stride in (1, 7, usual.tokens):
+        monkeypatch.setattr(module, "STRIDE", stride)
+        assert perplexity(session.backend, session.codec, [CODE]) == usual
+
+
+def test_several_texts_are_scored_each_on_its_own(tiny_engine: Path) -> None:
+    session = Session.open(tiny_engine)
+    texts = ["import os\n", "größe = 3\n"]
+    alone = [perplexity(session.backend, session.codec, [text]) for text in texts]
+    both = perplexity(session.backend, session.codec, texts)
+    assert (both.tokens, both.documents) == (alone[0].tokens + alone[1].tokens, 2)
+    assert both.bytes == len("".join(texts).encode())
+    assert both.nll_nats == pytest.approx(alone[0].nll_nats + alone[1].nll_nats)
 
 
 def test_the_same_count_makes_two_tokenizers_comparable() -> None:

@@ -45,6 +45,19 @@ def test_draws_follow_the_distribution() -> None:
     np.testing.assert_allclose(drawn, p, atol=0.03)
 
 
+def test_temperature_sharpens_the_distribution() -> None:
+    p = np.array([0.5, 0.3, 0.2])
+    one = sampler(SamplingParams(temperature=0.5, seed=0))  # squares probabilities
+    drawn = np.bincount([one(np.log(p).astype(np.float32)) for _ in range(4000)], minlength=3) / 4000
+    np.testing.assert_allclose(drawn, p**2 / (p**2).sum(), atol=0.03)
+
+
+def test_what_is_outside_the_nucleus_is_never_drawn() -> None:
+    p = np.array([0.05, 0.5, 0.15, 0.3])
+    one = sampler(SamplingParams(temperature=1.0, top_p=0.7, seed=0))
+    assert {one(np.log(p).astype(np.float32)) for _ in range(300)} == {1, 3}
+
+
 @pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"max_tokens": 0}, {"tempo": 1}])
 def test_what_makes_no_sense_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValidationError):

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flabc.errors import EngineError
-from flabc.runtime.text import TextCodec, until_stop
+from flabc.runtime.text import Message, TextCodec, until_stop
 
 texts = st.text("ab\n", max_size=30)
 stops = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)
@@ -33,6 +34,31 @@ def codec(tiny_checkpoint: Path) -> TextCodec:
     return TextCodec(tiny_checkpoint)
 
 
+@pytest.fixture(scope="module")
+def tokenizer(tiny_checkpoint: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_checkpoint)
+
+
+@pytest.mark.parametrize("text", ["😀", "a👩‍👩‍👧b", "漢字かな交じり", "naïve 😀😀 größer"])
+def test_a_character_cut_over_tokens_comes_in_one_piece(codec: TextCodec, text: str) -> None:
+    ids = codec.encode_plain(text)
+    assert len(ids) > len(text)  # every byte of a rare character is a token
+    pieces = list(codec.pieces(ids))
+    assert len(pieces) == len(ids)
+    assert "".join(pieces) == codec.decode(ids) == text
+    assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_encoding_and_decoding_are_those_of_transformers(codec: TextCodec, tokenizer: Any) -> None:
+    for text in ("def f(x):\n    return x", "<|im_start|>user\nhi<|im_end|>", "漢字 😀"):
+        assert codec.encode(text) == tokenizer(text)["input_ids"]
+        assert codec.encode_plain(text) == tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = codec.encode(text)
+        assert codec.decode(ids) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
 @given(text=st.text(max_size=40))
 def test_streaming_gives_whole_characters_and_all_of_them(codec: TextCodec, text: str) -> None:
     ids = codec.encode_plain(text)
@@ -44,36 +70,97 @@ def test_streaming_gives_whole_characters_and_all_of_them(codec: TextCodec, text
 
 
 MESSAGES = [{"role": "system", "content": "Be <b>brief</b>."}, {"role": "user", "content": 'Say "ü" & 😀'}]
+
+#: As Qwen2.5's own: a system message is added where there is none, tools are told, tool calls are rendered.
+QWEN = """{%- if tools %}
+    {{- '<|im_start|>system\\n' }}
+    {%- for tool in tools %}
+        {{- tool | tojson }}
+    {%- endfor %}
+    {{- "<|im_end|>\\n" }}
+{%- else %}
+    {%- if messages[0]['role'] == 'system' %}
+        {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>system\\nYou are Qwen.<|im_end|>\\n' }}
+    {%- endif %}
+{%- endif %}
+{%- for message in messages %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or
+           (message.role == "assistant" and not message.tool_calls) %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- elif message.role == "tool" %}
+        {%- if (loop.index0 == 0) or (messages[loop.index0 - 1].role != "tool") %}
+            {{- '<|im_start|>user' }}
+        {%- endif %}
+        {{- '\\n<tool_response>\\n' }}
+        {{- message.content }}
+        {{- '\\n</tool_response>' }}
+        {%- if loop.last or (messages[loop.index0 + 1].role != "tool") %}
+            {{- '<|im_end|>\\n' }}
+        {%- endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+TALKS = {
+    "with system": MESSAGES,
+    "without system": MESSAGES[1:],
+    "with tools answering": [
+        *MESSAGES,
+        {"role": "assistant", "content": "  Wait.\n"},
+        {"role": "tool", "content": '{"a": 1}'},
+        {"role": "tool", "content": "<2>"},
+    ],
+}
 TEMPLATES = {
     "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     "system first": "{%- if messages[0].role == 'system' %}{{ bos_token + messages[0].content | trim }}\n{%- endif %}"
     "{% for m in messages[1:] %}{% if m.role == 'tool' %}{% continue %}{% endif %}{{ m | tojson }}{% endfor %}",
+    "qwen": QWEN,
+    "what transformers defines": "{{ strftime_now('%Y') }} {{ tools is none }} {{ documents is none }} "
+    "{{ messages | tojson(indent=2, sort_keys=true) }} {{ messages[0] | tojson(separators=(',', ':')) }}",
+    "special tokens": "{{ bos_token }}{{ eos_token }}{{ unk_token }}{{ pad_token is defined }}",
 }
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize("talk", TALKS.values(), ids=TALKS)
 @pytest.mark.parametrize("prompt", [True, False])
 def test_templates_render_as_in_transformers(
-    codec: TextCodec, tiny_checkpoint: Path, template: str, prompt: bool
+    tokenizer: Any, tiny_checkpoint: Path, template: str, talk: list[Message], prompt: bool
 ) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
-    expected = tokenizer.apply_chat_template(
-        MESSAGES, chat_template=template, tokenize=False, add_generation_prompt=prompt
-    )
+    expected = tokenizer.apply_chat_template(talk, chat_template=template, tokenize=False, add_generation_prompt=prompt)
     codec = TextCodec(tiny_checkpoint)
     codec.chat_template = template
-    assert codec.render(MESSAGES, add_generation_prompt=prompt) == expected
+    assert codec.render(talk, add_generation_prompt=prompt) == expected
+
+
+def test_the_template_of_the_model_is_the_one_used(codec: TextCodec, tokenizer: Any) -> None:
+    expected = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert codec.render(MESSAGES) == expected
+
+
+def test_a_template_refuses_in_its_own_words(tiny_checkpoint: Path) -> None:
+    codec = TextCodec(tiny_checkpoint)
+    codec.chat_template = "{{ raise_exception('Roles must alternate') }}"
+    with pytest.raises(EngineError, match="Roles must alternate"):
+        codec.render(MESSAGES)
 
 
 @pytest.mark.parametrize(
     "template",
     [
         "{{ messages.__class__.__mro__ }}",
-        "{{ raise_exception('no') }}",
         "{{ ''.__class__.__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ ('{0.__class__.__mro__}' | attr('format'))(1) }}{{ cycler.__init__.__globals__ }}",
+        "{% for i in range(10**7) %}{% endfor %}",
+        "{{ messages[0].content + 1 }}",
         "{% if %}",
     ],
 )

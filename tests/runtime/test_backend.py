@@ -1,0 +1,116 @@
+"""Both backends keep one contract, and neither answers with less than was asked for."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from flabc.errors import EngineError, UnknownNameError
+from flabc.runtime.backend import Backend, Limits
+from flabc.runtime.session import Session
+
+IDS = np.random.default_rng(1).integers(3, 500, (2, 9))
+
+
+@pytest.fixture(params=["tiny_engine", "tiny_checkpoint"])
+def folder(request: pytest.FixtureRequest) -> Path:
+    """An engine for ONNX Runtime, then a checkpoint for torch."""
+    found: Path = request.getfixturevalue(request.param)
+    return found
+
+
+def opened(folder: Path, **limits: Any) -> Backend:
+    return Session.open(folder, limits=Limits(**limits)).backend
+
+
+def test_backends_agree_on_a_ragged_batch(tiny_engine: Path, tiny_checkpoint: Path) -> None:
+    answers = []
+    for folder in (tiny_engine, tiny_checkpoint):
+        backend = opened(folder, max_batch=2)
+        backend.start(2)
+        backend.extend(IDS, np.array([4, 9]))
+        answers.append(backend.extend(IDS[:, :1], np.array([1, 1])))
+    np.testing.assert_allclose(*answers, atol=2e-4)
+
+
+def test_logits_that_were_given_out_do_not_change_later(folder: Path) -> None:
+    backend = opened(folder)
+    backend.start(1)
+    first = backend.extend(IDS[:1], np.array([9]))
+    kept = first.copy()
+    backend.extend(IDS[1:, :1], np.array([1]))
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_scoring_leaves_the_cache_alone(folder: Path) -> None:
+    answers = []
+    for between in (False, True):
+        backend = opened(folder)
+        backend.start(1)
+        backend.extend(IDS[:1], np.array([9]))
+        if between:
+            backend.score(IDS)
+        answers.append(backend.extend(IDS[1:, :1], np.array([1])))
+    np.testing.assert_array_equal(*answers)
+
+
+def test_a_sequence_longer_than_the_limit_is_refused(folder: Path) -> None:
+    backend = opened(folder, max_length=9)
+    backend.start(1)
+    backend.extend(IDS[:1], np.array([9]))
+    with pytest.raises(EngineError, match=r"grow to 10 tokens.*at most 9"):
+        backend.extend(IDS[:1, :1], np.array([1]))
+
+
+def test_a_batch_larger_than_the_limit_is_refused(tiny_engine: Path) -> None:
+    with pytest.raises(EngineError, match=r"batch of 3.*at most 2"):
+        opened(tiny_engine, max_batch=2).start(3)
+
+
+def test_a_running_batch_takes_one_token_at_a_time(tiny_engine: Path) -> None:
+    backend = opened(tiny_engine, max_batch=2)
+    backend.start(2)
+    backend.extend(IDS, np.array([4, 9]))
+    with pytest.raises(EngineError, match="one token at a time"):
+        backend.extend(IDS, np.array([1, 1]))
+
+
+def test_unknown_names_get_a_guess(tiny_engine: Path) -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'onnxruntime'"):
+        Session.open(tiny_engine, backend="onnxruntim")
+    with pytest.raises(UnknownNameError, match="Did you mean 'cpu'"):
+        opened(tiny_engine, provider="cpuu")
+
+
+def test_a_graph_that_onnxruntime_refuses_is_named(tiny_engine: Path, tmp_path: Path) -> None:
+    from flabc.runtime.backend import open_backend
+
+    spec = Session.open(tiny_engine).spec
+    (tmp_path / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(EngineError, match=r"cannot open .*model\.onnx"):
+        open_backend("onnxruntime", tmp_path, spec, Limits())
+
+
+def test_asking_for_cuda_is_never_answered_with_the_cpu(folder: Path) -> None:
+    if torch.cuda.is_available() or "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(EngineError, match="CUDA"):
+        opened(folder, provider="cuda")
+
+
+def test_a_provider_that_is_listed_but_does_not_load_is_told(
+    tiny_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this machine has CUDA")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # all that onnxruntime says before it takes the CPU
+        with pytest.raises(EngineError, match=r"no working CUDA.*Found: CPUExecutionProvider"):
+            opened(tiny_engine, provider="cuda")
