@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +10,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from flabc.compress import load
-from flabc.compress.checkpoint import write_tokenizer
-from flabc.compress.model import CausalLM, cut_channels
+from flabc.compress.model import CausalLM
 from flabc.compress.walk import Walk, dense_variant
 from flabc.export import engine
 from flabc.runtime.backend import Limits, open_backend
 from flabc.runtime.backends.ort import OrtBackend
-from flabc.spec import LayerSpec, ModelSpec
+from flabc.spec import ModelSpec
 
 LIMITS = Limits(max_batch=3, max_length=64)
 
@@ -33,9 +28,13 @@ def spec_of(folder: Path) -> ModelSpec:
 def engine_of(folder: Path, spec: ModelSpec, out: Path) -> OrtBackend:
     out.mkdir()
     engine.write(folder, spec, out)
-    opened = open_backend("onnxruntime", out, spec, LIMITS)
-    assert isinstance(opened, OrtBackend)
-    return opened
+    return opened(out, spec)
+
+
+def opened(folder: Path, spec: ModelSpec) -> OrtBackend:
+    backend = open_backend("onnxruntime", folder, spec, LIMITS)
+    assert isinstance(backend, OrtBackend)
+    return backend
 
 
 def reference(folder: Path, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -89,39 +88,6 @@ def test_ragged_rows_do_not_see_each_other(any_tiny: Path, tmp_path: Path) -> No
             np.testing.assert_allclose(step[row], wanted, atol=2e-4)
 
 
-def half_the_heads(model: CausalLM, layer: int) -> CausalLM:
-    """Only the first key-value head of a layer and the three query heads that read it."""
-    weights = dict(model.weights)
-    for role, rows in (("q", 48), ("k", 16), ("v", 16)):
-        for kind in ("weight", "bias"):
-            name = f"model.layers.{layer}.self_attn.{role}_proj.{kind}"
-            if name in weights:
-                weights[name] = weights[name][:rows]
-    out = f"model.layers.{layer}.self_attn.o_proj.weight"
-    weights[out] = weights[out][:, :48]
-    layers = list(model.spec.layers)
-    layers[layer] = layers[layer].model_copy(update={"num_attention_heads": 3, "num_key_value_heads": 1})
-    return replace(model, spec=model.spec.model_copy(update={"layers": tuple(layers)}), weights=weights)
-
-
-def uneven(model: CausalLM) -> CausalLM:
-    """Other widths in every layer, other heads in the first, no attention in the second, no FFN in the third."""
-    cut = half_the_heads(cut_channels(model, {0: range(0, 80, 2), 1: range(24), 2: range(8)}), 0)
-    layers = list(cut.spec.layers)
-    layers[1] = LayerSpec(num_attention_heads=0, num_key_value_heads=0, intermediate_size=24)
-    layers[2] = layers[2].model_copy(update={"intermediate_size": 0})
-    spec = cut.spec.model_copy(update={"layers": tuple(layers)})
-    return replace(cut, spec=spec, weights={name: cut.weights[name] for name in spec.shapes()})
-
-
-def checkpoint_of(model: CausalLM, config: Path, folder: Path) -> Path:
-    folder.mkdir()
-    save_file({name: t.contiguous() for name, t in model.weights.items()}, folder / "model.safetensors")
-    write_tokenizer(model, folder)
-    shutil.copy(config, folder)
-    return folder
-
-
 def walked(model: CausalLM, ids: np.ndarray[Any, Any]) -> torch.Tensor:
     """Log-probabilities after each token but the last, (S - 1, V), in torch."""
     walk = Walk(model, torch.from_numpy(ids), torch.device("cpu"), torch.float32)
@@ -133,10 +99,9 @@ def log_probs(logits: np.ndarray[Any, Any]) -> torch.Tensor:
     return torch.log_softmax(torch.from_numpy(logits), -1)
 
 
-def test_layers_of_different_shapes_and_missing_sub_blocks(any_tiny: Path, tmp_path: Path) -> None:
-    model = uneven(load.load(str(any_tiny)))
-    folder = checkpoint_of(model, any_tiny / "config.json", tmp_path / "checkpoint")
-    backend = engine_of(folder, model.spec, tmp_path / "engine")
+def test_layers_of_different_shapes_and_missing_sub_blocks(uneven: tuple[CausalLM, Path]) -> None:
+    model, folder = uneven
+    backend = opened(folder, model.spec)
     ids = some_ids((1, 24))
     expected = walked(model, ids)
     torch.testing.assert_close(log_probs(backend.score(ids)[0, :-1]), expected, atol=2e-4, rtol=1e-4)

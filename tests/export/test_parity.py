@@ -75,6 +75,13 @@ def test_a_bent_engine_is_caught(tiny_engine: Path, bend: Any) -> None:
         parity.check(Bent(opened(tiny_engine), bend), opened(tiny_engine), IDS, max_batch=4)
 
 
+def test_a_scoring_graph_alone_that_is_wrong_is_caught(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Bent(opened(tiny_engine), not_a_number)
+    monkeypatch.setattr(engine, "extend", engine.inner.extend)
+    with pytest.raises(ParityError, match="a difference of inf, 0 of 64 tokens"):
+        parity.check(engine, opened(tiny_engine), IDS, max_batch=4)
+
+
 def test_a_tie_is_not_a_difference() -> None:
     a, b = np.array([1.0, 1.0 + 1e-7, 0.0]), np.array([1.0 + 1e-7, 1.0, 0.0])
     assert not parity._differ(a, b, 1e-4)
@@ -109,6 +116,16 @@ def test_a_swap_of_the_two_best_counts_only_if_one_was_clearly_better(lead: floa
         return
     with pytest.raises(ParityError, match="64 of 64 tokens"):
         parity.check(Table(swapped), Table(logits), IDS, max_batch=4)
+
+
+def test_other_greedy_tokens_are_caught_even_within_the_tolerance() -> None:
+    logits = np.random.default_rng(0).normal(size=(200, 200)).astype(np.float32)
+    logits[:, 7], logits[:, 9] = 10 + 1.5e-3, 10  # a clear lead
+    found = logits.copy()
+    found[:, 7] -= 0.8e-3  # each logit is within 1e-4 of 10, but the order turns round
+    found[:, 9] += 0.8e-3
+    with pytest.raises(ParityError, match="64 of 64 tokens"):
+        parity.check(Table(found), Table(logits), IDS, max_batch=4)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

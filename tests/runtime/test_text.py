@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -143,6 +145,18 @@ def test_templates_render_as_in_transformers(
 def test_the_template_of_the_model_is_the_one_used(codec: TextCodec, tokenizer: Any) -> None:
     expected = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
     assert codec.render(MESSAGES) == expected
+
+
+def test_a_special_token_that_is_null_is_undefined_as_in_transformers(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    config = json.loads((tiny_checkpoint / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": None}), encoding="utf-8")
+    shutil.copy(tiny_checkpoint / "tokenizer.json", tmp_path)
+    template = "{{ bos_token }}|{{ bos_token is defined }}|{{ eos_token }}"
+    (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
+    expected = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(MESSAGES, tokenize=False)
+    assert TextCodec(tmp_path).render(MESSAGES) == expected == "|False|<|im_end|>"
 
 
 def test_a_template_refuses_in_its_own_words(tiny_checkpoint: Path) -> None:
