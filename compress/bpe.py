@@ -122,9 +122,22 @@ class BytePairs:
                     heapq.heappush(leaves, (counts.get(part, 0), -part))
         return left
 
-    def grow(self, kept: set[int], size: int) -> set[int]:
-        """Add tokens until ``size`` ids are kept or none is left: the earliest merges that kept tokens can make."""
+    def grow(self, kept: set[int], size: int, first: Iterable[int] = ()) -> set[int]:
+        """Add tokens until ``size`` ids are kept or none is left.
+
+        Args:
+            kept: closed under derivation; so is the result.
+            size: ids to keep.
+            first: what to add before all else, where it and what it is made of still fit, in this order; after
+                these come the earliest merges that kept tokens can make.
+        """
         grown = set(kept)
+        for index in first:
+            made = self.intermediates(index) | {index}
+            if len(grown | made) <= size:
+                grown |= made
+            if len(grown) == size:
+                break
         for left, right in self.merges:
             if len(grown) >= size:
                 break

@@ -7,7 +7,7 @@ registries of the modules that implement them.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
@@ -104,7 +104,7 @@ class RestoreConfig(Config):
 StageConfig = Annotated[VocabConfig | LayersConfig | FFNConfig | RestoreConfig, Field(discriminator="stage")]
 
 #: The stages by name, for messages.
-STAGE_NAMES = ("ffn", "layers", "restore", "vocab")
+STAGE_NAMES = tuple(config.model_fields["stage"].default for config in get_args(get_args(StageConfig)[0]))
 
 
 def check_stage_name(entry: Any) -> None:

@@ -18,7 +18,7 @@ from .config import Calibration, Config, FFNConfig, LayersConfig, RestoreConfig,
 from .data import corpus
 from .data.corpus import Document
 from .layers import LAYERS
-from .model import CausalLM
+from .model import CausalLM, check_weights
 from .restore import RESTORE
 from .stage import Context, Stage, encoder
 from .vocab import VOCAB
@@ -85,6 +85,7 @@ def run(
             plan = STAGES[type(config)].plan(model, config, context)
             note(plan.summary)
             model = STAGES[type(config)].apply(model, plan)
+            check_weights(model)
         except FlabcError as error:
             raise StageError(f"Stage {name!r} stopped: {error}") from error
         seconds = round(time.monotonic() - started, 2)

@@ -11,14 +11,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flabc.console import progress
 
 from .config import RestoreConfig
 from .model import CausalLM, cut_vocab
 from .stage import Context, Plan, Stage
-from .walk import BATCH, WHOLE, Walk, build_layer, forward
+from .walk import WHOLE, Walk, build_layer, forward
 
 #: Damping of the normal equations, as a share of the mean diagonal (GPTQ's convention, Frantar et al., 2022).
 DAMPING = 0.01
@@ -39,8 +39,8 @@ def plan(model: CausalLM, config: RestoreConfig, context: Context) -> RestorePla
     tokens = context.tokens(model)
     targets = dense_states(model, context, tokens)
     walk = Walk(model, tokens, context.device, context.dtype)
-    hidden = nn.functional.embedding(tokens.to(context.device), model.tensor("embedding").to(context.device))
-    positions = walk.positions(hidden.to(context.dtype))
+    hidden = walk.embed()
+    positions = walk.positions(hidden)
     down, before, after = {}, 0.0, 0.0
     with torch.no_grad(), progress("restoring layers", len(model.spec.layers)) as advance:
         for layer, target in enumerate(targets):
@@ -80,8 +80,7 @@ def dense_states(model: CausalLM, context: Context, tokens: Tensor) -> Iterator[
     """
     dense = cut_vocab(context.dense, model.token_origin)
     walk = Walk(dense, tokens, context.device, context.dtype)
-    hidden = nn.functional.embedding(tokens.to(context.device), dense.tensor("embedding").to(context.device))
-    hidden = hidden.to(context.dtype)
+    hidden = walk.embed()
     positions = walk.positions(hidden)
     ends = [*model.layer_origin[:-1], len(dense.spec.layers) - 1]
     begin = 0
@@ -89,7 +88,7 @@ def dense_states(model: CausalLM, context: Context, tokens: Tensor) -> Iterator[
         with torch.no_grad():
             for index in range(begin, end + 1):
                 layer = build_layer(dense, index, WHOLE, walk.fetch(index))
-                hidden = torch.cat([forward(layer, part, positions) for part in torch.split(hidden, BATCH)])
+                hidden = forward(layer, hidden, positions)
         begin = end + 1
         yield hidden
 
@@ -154,8 +153,7 @@ def _through(walk: Walk, index: int, hidden: Tensor, positions: Mapping[str, obj
     if model.spec.layers[index].has_ffn:
         projection = layer.get_submodule(model.inner_name("down", index).removesuffix(".weight"))
         projection.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
-    parts = torch.split(hidden.to(walk.dtype), BATCH)
-    output = torch.cat([forward(layer, part, positions) for part in parts]).float()
+    output = forward(layer, hidden.to(walk.dtype), positions).float()
     return output, torch.cat(seen) if seen else None
 
 

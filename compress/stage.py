@@ -6,6 +6,7 @@ parameters may still go.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -79,7 +80,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Stage(Generic[C, P]):
-    """A stage: two functions. ``apply`` does what the plan says and checks its own result."""
+    """A stage: two functions. ``apply`` does what the plan says; the pipeline checks the tensors that come out."""
 
     plan: Callable[[CausalLM, C, Context], P]
     apply: Callable[[CausalLM, P], CausalLM]
@@ -87,8 +88,6 @@ class Stage(Generic[C, P]):
 
 def encoder(files: TokenizerFiles) -> Tokenizer:
     """The tokenizer as a ``tokenizers.Tokenizer`` that gives every text whole, whatever its file says."""
-    import json
-
     tokenizer = Tokenizer.from_str(json.dumps(files.tokenizer))
     tokenizer.no_padding()
     tokenizer.no_truncation()

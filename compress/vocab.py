@@ -54,7 +54,7 @@ def plan(model: CausalLM, config: VocabConfig, context: Context) -> VocabPlan:
     if size < len(kept):
         kept = pairs.shrink(kept, fixed, dict(enumerate(counts.tolist())), size)
     elif size > len(kept):
-        kept = pairs.grow(kept, size)
+        kept = pairs.grow(kept, size, (index for index in by_frequency(counts) if index not in kept))
         rest = (index for index in range(model.spec.vocab_size) if index not in kept)  # padding rows: no token's
         kept |= set(islice(rest, size - len(kept)))
     keep = tuple(sorted(kept))
@@ -96,11 +96,15 @@ def count_tokens(tokenizer: Tokenizer, documents: Sequence[Document], size: int)
 
 def frequent(counts: np.ndarray[Any, np.dtype[np.int64]], coverage: float) -> set[int]:
     """The most frequent ids that together make up ``coverage`` of all occurrences."""
-    order = np.argsort(-counts, kind="stable")
-    order = order[counts[order] > 0]
+    order = by_frequency(counts)
     reached = np.cumsum(counts[order]) >= coverage * counts.sum()
-    cut = int(np.argmax(reached)) + 1 if reached.any() else len(order)
-    return {int(index) for index in order[:cut]}
+    return set(order[: int(np.argmax(reached)) + 1 if reached.any() else len(order)])
+
+
+def by_frequency(counts: np.ndarray[Any, np.dtype[np.int64]]) -> list[int]:
+    """The ids that occur at all, the most frequent first."""
+    order = np.argsort(-counts, kind="stable")
+    return [int(index) for index in order[counts[order] > 0]]
 
 
 def must_keep(model: CausalLM, tokenizer: Tokenizer) -> set[int]:

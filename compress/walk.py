@@ -88,8 +88,7 @@ class Walk:
             listener: attached to each layer while it runs; meant for walks with one variant.
         """
         wanted = list(dict.fromkeys(variants))
-        embedding = self.model.tensor("embedding").to(self.device, self.dtype)
-        start = nn.functional.embedding(self.tokens.to(self.device), embedding)  # (N, T, D)
+        start = self.embed()
         states: dict[Variant, Tensor] = {(): start}
         positions = self.positions(start)
         with progress("walking the layers", sum(steps_of(wanted))) as advance:
@@ -115,12 +114,17 @@ class Walk:
             if not prefix[-1].skips:
                 layer = build_layer(self.model, index, prefix[-1], weights)
                 handle = listener(index, layer) if listener else None
-                hidden = torch.cat([forward(layer, part, positions) for part in torch.split(hidden, BATCH)])
+                hidden = forward(layer, hidden, positions)
                 if handle:
                     handle.remove()
                 advance(1)
             after[prefix] = hidden
         return after
+
+    def embed(self) -> Tensor:
+        """The hidden states that the first layer receives, (N, T, D)."""
+        embedding = self.model.tensor("embedding").to(self.device, self.dtype)
+        return nn.functional.embedding(self.tokens.to(self.device), embedding)
 
     def fetch(self, index: int) -> dict[str, Tensor]:
         """One layer's weights, where and in the precision that the walk computes."""
@@ -240,7 +244,11 @@ def _silence(layer: nn.Module, parameter: str) -> None:
 
 
 def forward(layer: nn.Module, hidden: Tensor, positions: Mapping[str, Any]) -> Tensor:
-    """One layer over some sequences, (N, T, D) to (N, T, D)."""
+    """One layer over sequences, (N, T, D) to (N, T, D), ``BATCH`` of them at a time."""
+    return torch.cat([_forward(layer, part, positions) for part in torch.split(hidden, BATCH)])
+
+
+def _forward(layer: nn.Module, hidden: Tensor, positions: Mapping[str, Any]) -> Tensor:
     # No mask: transformers' sdpa is causal then.
     result = layer(hidden, attention_mask=None, past_key_values=None, use_cache=False, **positions)
     output: Tensor = result[0] if isinstance(result, tuple) else result

@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from flabc.artifact import GRAPH, SCORING_GRAPH
 from flabc.console import progress
 from flabc.errors import UnknownNameError
 from flabc.spec import ModelSpec
@@ -29,8 +30,8 @@ COPIED = (
     "config.json",
 )
 
-#: The graph that serves, the one that scores every position, and the weights that both read.
-GRAPH, SCORING_GRAPH, DATA = "model.onnx", "score.onnx", "model.onnx.data"
+#: The weights that both graphs read.
+DATA = f"{GRAPH}.data"
 
 TARGETS = ("onnx",)
 PRECISIONS = ("fp32",)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from flabc.errors import UnknownNameError
+from flabc.errors import EngineError, UnknownNameError
 from flabc.spec import ModelSpec
 
 Ids = npt.NDArray[np.int64]
@@ -38,6 +38,28 @@ class Limits:
     threads: int | None = None
     provider: str = "auto"
 
+    def check_batch(self, batch: int) -> None:
+        """Refuse more sequences than there is room for.
+
+        Raises:
+            EngineError: with both numbers.
+        """
+        if batch > self.max_batch:
+            raise EngineError(f"A batch of {batch} was asked for.", expected=f"at most {self.max_batch}")
+
+    def check_length(self, length: int) -> None:
+        """Refuse sequences longer than there is room for.
+
+        Raises:
+            EngineError: with both numbers.
+        """
+        if length > self.max_length:
+            raise EngineError(
+                f"The sequence would grow to {length} tokens.",
+                expected=f"at most {self.max_length}",
+                fix="Open the engine with a larger --max-length.",
+            )
+
 
 class Backend(Protocol):
     """A model with a KV cache for a batch of sequences."""
@@ -47,7 +69,11 @@ class Backend(Protocol):
     limits: Limits
 
     def start(self, batch: int) -> None:
-        """Forget all sequences and begin ``batch`` new ones."""
+        """Forget all sequences and begin ``batch`` new ones.
+
+        Raises:
+            EngineError: if they are more than ``limits.max_batch``.
+        """
         ...
 
     def extend(self, ids: Ids, counts: Ids) -> Logits:

@@ -9,15 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from flabc.artifact import GRAPH, SCORING_GRAPH
 from flabc.errors import EngineError, UnknownNameError, require
 from flabc.runtime.backend import Ids, Limits, Logits
 from flabc.spec import ModelSpec
 
 #: What ``--provider`` can say, and what ONNX Runtime calls it.
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
-#: The graph that serves, and the one that gives logits at every position, on the same weights.
-GRAPH, SCORING_GRAPH = "model.onnx", "score.onnx"
 
 
 def open_backend(folder: Path, spec: ModelSpec, limits: Limits) -> OrtBackend:
@@ -59,8 +57,7 @@ class OrtBackend:
 
     def start(self, batch: int) -> None:
         """Forget all sequences and begin ``batch`` new ones."""
-        if batch > self.limits.max_batch:
-            raise EngineError(f"A batch of {batch} was asked for.", expected=f"at most {self.limits.max_batch}")
+        self.limits.check_batch(batch)
         self._lengths = np.zeros(batch, np.int64)
         self._binding = self._session.io_binding()
         for name, buffer in self._cache.items():
@@ -75,12 +72,7 @@ class OrtBackend:
             raise EngineError("ONNX Runtime extends a running batch by one token at a time.", found=str(ids.shape))
         lengths = self._lengths + counts
         longest = int(lengths.max())
-        if longest > self.limits.max_length:
-            raise EngineError(
-                f"The sequence would grow to {longest} tokens.",
-                expected=f"at most {self.limits.max_length}",
-                fix="Open the engine with a larger --max-length.",
-            )
+        self.limits.check_length(longest)
         mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)  # (B, total)
         self._binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids))
         self._binding.bind_cpu_input("attention_mask", mask)

@@ -54,17 +54,14 @@ class TorchBackend:
 
     def start(self, batch: int) -> None:
         """Forget all sequences and begin ``batch`` new ones."""
+        self.limits.check_batch(batch)
         self._cache = self._cache_class(config=self._model.config)
         self._valid = np.zeros((batch, 0), np.int64)  # (B, total): which cached positions are real
 
     def extend(self, ids: Ids, counts: Ids) -> Logits:
         """Append tokens to every sequence; (B, S) and (B,) in, (B, V) out."""
         lengths = self._valid.sum(1)
-        longest = int((lengths + counts).max())
-        if longest > self.limits.max_length:
-            raise EngineError(
-                f"The sequence would grow to {longest} tokens.", expected=f"at most {self.limits.max_length}"
-            )
+        self.limits.check_length(int((lengths + counts).max()))
         steps = np.arange(ids.shape[1])
         self._valid = np.concatenate([self._valid, (steps < counts[:, None]).astype(np.int64)], axis=1)
         positions = lengths[:, None] + np.minimum(steps, counts[:, None] - 1)

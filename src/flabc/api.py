@@ -15,9 +15,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from flabc import artifact
-from flabc.artifact import Artifact
+from flabc.artifact import Artifact, Manifest
 from flabc.console import progress
-from flabc.errors import EngineError, FlabcError, UnknownNameError, require
+from flabc.errors import EngineError, FlabcError, ModelError, UnknownNameError, require
 from flabc.recipe import Recipe
 from flabc.recipe import load as load_recipe
 from flabc.runtime.doctor import Finding, examine
@@ -262,14 +262,13 @@ def export(
     engine.check_choice("target", target, engine.TARGETS)
     engine.check_choice("precision", precision, engine.PRECISIONS)
     with (
-        model_folder(str(model), tie=tie) as (folder, spec),
+        model_folder(str(model), tie=tie) as (folder, spec, made),
         artifact.create(output, "engine", force=force) as draft,
     ):
         engine.write(folder, spec, draft.path)
         draft.spec = spec
         parity = _prove(draft.path, folder, spec)
-        if Artifact.is_at(folder):
-            made = Artifact.open(folder).manifest
+        if made is not None:
             draft.recipe, draft.source, draft.seed = made.recipe, made.source, made.seed
             draft.receipts = dict(made.receipts)
         draft.receipts["parity"] = parity
@@ -297,7 +296,7 @@ def evaluate(
     if task not in TASKS:
         raise UnknownNameError("task", task, TASKS)
     texts = heldout_texts(corpus)
-    with model_folder(str(target), tie=tie) as (folder, _):
+    with model_folder(str(target), tie=tie) as (folder, *_):
         session = Session.open(folder)
         found = perplexity(session.backend, session.codec, texts)
     return Evaluation(
@@ -366,14 +365,17 @@ def doctor() -> list[Finding]:
 
 
 @contextmanager
-def model_folder(model: str, *, tie: bool = False) -> Iterator[tuple[Path, ModelSpec]]:
-    """A folder that backends and export can open, and its spec; a GGUF becomes one for as long as it is needed."""
+def model_folder(model: str, *, tie: bool = False) -> Iterator[tuple[Path, ModelSpec, Manifest | None]]:
+    """A folder that backends and export can open, its spec, and its manifest if it is an artifact.
+
+    A GGUF becomes such a folder for as long as it is needed.
+    """
     path = Path(model)
     if Artifact.is_at(path):
-        spec = Artifact.open(path).manifest.spec
-        if spec is None:
+        manifest = Artifact.open(path).manifest
+        if manifest.spec is None:
             raise EngineError(f"{path} holds no model.")
-        yield path, spec
+        yield path, manifest.spec, manifest
         return
     require("torch", "compress")
     require("transformers", "compress")
@@ -381,12 +383,12 @@ def model_folder(model: str, *, tie: bool = False) -> Iterator[tuple[Path, Model
 
     location = load.locate(model)
     if location.file is None and not tie:
-        yield location.folder, ModelSpec.from_config(load.read_config(location))
+        yield location.folder, ModelSpec.from_config(load.read_config(location)), None
         return
     with tempfile.TemporaryDirectory(prefix="flabc-") as folder:
         loaded = load.load(model, tie=tie)
         checkpoint.write(loaded, Path(folder))
-        yield Path(folder), loaded.spec
+        yield Path(folder), loaded.spec, None
 
 
 def heldout_texts(corpus: str) -> list[str]:
@@ -414,7 +416,14 @@ def _prove(engine: Path, folder: Path, spec: ModelSpec) -> dict[str, Any]:
     from flabc.runtime.backend import Limits, open_backend
     from flabc.runtime.text import TextCodec
 
-    limits = Limits(max_batch=len(parity.LENGTHS), max_length=max(parity.LENGTHS) + parity.STEPS)
+    length = max(parity.LENGTHS) + parity.STEPS
+    if spec.max_position_embeddings < length:
+        raise ModelError(
+            "The model has too few positions to be checked against torch.",
+            expected=f"at least {length}",
+            found=str(spec.max_position_embeddings),
+        )
+    limits = Limits(max_batch=len(parity.LENGTHS), max_length=length)
     candidate = open_backend("onnxruntime", engine, spec, limits)
     reference = open_backend("torch", folder, spec, limits)
     text = Path(parity.__file__).read_text(encoding="utf-8")  # code, and always at hand

@@ -27,6 +27,9 @@ from flabc.spec import ModelSpec
 MANIFEST = "flabc.json"
 SCHEMA_VERSION = 1
 
+#: In an engine: the graph that serves, and the one that gives logits at every position, on the same weights.
+GRAPH, SCORING_GRAPH = "model.onnx", "score.onnx"
+
 #: Packages whose version can change a result.
 _RECORDED = ("flabc", "numpy", "onnx", "onnx-ir", "onnxruntime", "tokenizers", "torch", "transformers")
 

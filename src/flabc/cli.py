@@ -5,7 +5,6 @@ Data goes to stdout, progress and notes to stderr. With ``--json`` stdout holds 
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import sys
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from flabc import __version__
-from flabc.errors import FlabcError, UsageError
+from flabc.errors import FlabcError, UnknownNameError, UsageError
 
 if TYPE_CHECKING:
     from flabc.api import Compressed, Inspection
@@ -41,7 +40,6 @@ CORPUS = click.option(
     show_default=True,
     help="A built-in corpus, or a file or folder of text.",
 )
-SEED = click.option("--seed", type=int, help="Makes sampling repeatable.")
 
 
 class Group(click.Group):
@@ -52,10 +50,7 @@ class Group(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the command, or say which was probably meant."""
         if args and self.get_command(ctx, args[0]) is None:
-            known = self.list_commands(ctx)
-            close = difflib.get_close_matches(args[0], known, n=1, cutoff=0.5)
-            guess = f"Did you mean {close[0]!r}? " if close else ""
-            raise click.UsageError(f"Unknown command {args[0]!r}. {guess}Known: {', '.join(known)}.", ctx)
+            raise click.UsageError(str(UnknownNameError("command", args[0], self.list_commands(ctx))), ctx)
         return super().resolve_command(ctx, args)
 
 
@@ -208,7 +203,10 @@ def export(
 @click.option("--temperature", default=0.0, show_default=True, help="0 takes the most likely token.")
 @click.option("--top-p", default=1.0, show_default=True, help="Sample from this much probability.")
 @click.option("--stop", multiple=True, help="A text that ends the answer; repeatable.")
-@SEED
+@click.option("--seed", type=int, help="Makes sampling repeatable.")
+@click.option(
+    "--max-length", type=AT_LEAST_ONE, default=2048, show_default=True, help="Room for prompt and answer together."
+)
 @click.option("--threads", type=AT_LEAST_ONE, help="Threads for the computation.")
 @json_option
 def run(
@@ -220,6 +218,7 @@ def run(
     top_p: float,
     stop: Sequence[str],
     seed: int | None,
+    max_length: int,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -241,7 +240,7 @@ def run(
         )
     except ValueError as error:
         raise UsageError(f"These sampling options do not fit: {error}") from error
-    session = Session.open(engine or need("ENGINE").engine, limits=Limits(threads=threads))
+    session = Session.open(engine or need("ENGINE").engine, limits=Limits(max_length=max_length, threads=threads))
     asked = [{"role": "user", "content": text}] if chat else text
     if as_json:
         answer = session.generate(asked, params)
