@@ -112,6 +112,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
+@pytest.fixture
+def short_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with fewer positions than an engine's proof needs."""
+    return write_tiny(tmp_path_factory.mktemp("short"), "llama-tied", max_position_embeddings=64)
+
+
 @pytest.fixture(params=list(VARIANTS))
 def any_tiny(request: pytest.FixtureRequest, tiny: Callable[[str], Path]) -> Path:
     """Every tiny model in turn."""

@@ -10,7 +10,7 @@ import pytest
 import flabc
 from flabc import api
 from flabc.artifact import Artifact
-from flabc.errors import ArtifactError, UnknownNameError
+from flabc.errors import ArtifactError, ModelError, UnknownNameError
 from flabc.runtime.measure.result import Workload
 from flabc.spec import ModelSpec
 
@@ -103,3 +103,9 @@ def test_bench_measures_both_sides_alike(tiny_engine: Path, tiny_dense_engine: P
     assert result.baseline.perplexity.bytes == result.candidate.perplexity.bytes  # type: ignore[union-attr]
     assert done.table["parameters"]["ratio"] < 1
     assert "<svg" in done.html.read_text(encoding="utf-8")
+
+
+def test_a_model_too_short_to_be_checked_is_refused(tmp_path: Path, short_model: Path) -> None:
+    with pytest.raises(ModelError, match=r"at least 192.*Found: 64"):
+        api.export(short_model, tmp_path / "engine")
+    assert not list(tmp_path.iterdir())

@@ -194,6 +194,23 @@ def test_growing_hits_the_size_and_stays_closed(pairs: BytePairs, data: Any, wan
     assert not unreachable(pairs, grown)
 
 
+@fast
+@given(data=st.data(), wanted=ids, first=st.lists(st.integers(300, 699), max_size=8))
+def test_growing_takes_what_was_asked_for_first_where_it_fits(
+    pairs: BytePairs, data: Any, wanted: set[int], first: list[int]
+) -> None:
+    kept = pairs.closure(wanted) | pairs.symbols
+    size = data.draw(st.integers(len(kept), len(kept) + 20))
+    expected = set(kept)
+    for index in first:
+        with_it = pairs.closure(expected | {index})
+        expected = with_it if len(with_it) <= size else expected
+    grown = pairs.grow(kept, size, first)
+    assert expected <= grown
+    assert len(grown) == size
+    assert pairs.closure(grown) == grown
+
+
 def test_added_tokens_behind_the_vocabulary_are_made_of_nothing(with_added: TokenizerFiles) -> None:
     """Qwen2.5 and Llama 3 keep their special tokens outside the BPE's own vocabulary."""
     outside = BytePairs.of(with_added.tokenizer)

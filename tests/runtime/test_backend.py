@@ -68,9 +68,10 @@ def test_a_sequence_longer_than_the_limit_is_refused(folder: Path) -> None:
         backend.extend(IDS[:1, :1], np.array([1]))
 
 
-def test_a_batch_larger_than_the_limit_is_refused(tiny_engine: Path) -> None:
-    with pytest.raises(EngineError, match=r"batch of 3.*at most 2"):
-        opened(tiny_engine, max_batch=2).start(3)
+def test_a_batch_larger_than_the_limit_is_refused(tiny_engine: Path, tiny_checkpoint: Path) -> None:
+    for folder in (tiny_engine, tiny_checkpoint):
+        with pytest.raises(EngineError, match=r"batch of 3.*at most 2"):
+            opened(folder, max_batch=2).start(3)
 
 
 def test_a_running_batch_takes_one_token_at_a_time(tiny_engine: Path) -> None:
