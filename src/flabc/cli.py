@@ -127,18 +127,18 @@ def compress(
     flabc compress smollm2-135m -o pruned --set target.params=0.7 --set stages.ffn.score=wanda
     """
     from flabc import api
-    from flabc.project import find, need
+    from flabc.project import Project, find, settle
 
-    project = find() if model else need("MODEL")
-    if output is None and not dry_run:
-        output = (project or need("output folder (-o)")).checkpoint
+    model = settle(model, "model", "MODEL")
+    output = None if dry_run else settle(output, "checkpoint", "output folder (-o)")
+    project = find() or Project(model=model)
     done = api.compress(
-        model or need("MODEL").model,
-        recipe or (project.recipe if project else "flab-22"),
-        None if dry_run else output,
+        model,
+        recipe or project.recipe,
+        output,
         overrides=overrides,
         device=device,
-        seed=seed if seed is not None else (project.seed if project else 0),
+        seed=project.seed if seed is None else seed,
         tie=tie,
         force=force,
     )
@@ -171,16 +171,15 @@ def export(
     flabc export smollm2-135m -o dense-engine
     """
     from flabc import api
-    from flabc.project import find, need
+    from flabc.project import Project, find, need, settle
 
-    project = find() if checkpoint else need("CHECKPOINT")
-    jobs = [(checkpoint, output or (project or need("output folder (-o)")).engine)] if checkpoint else []
-    if not checkpoint and project:
+    if checkpoint is not None:
+        project = find() or Project(model=checkpoint)
+        jobs = [(checkpoint, settle(output, "engine", "output folder (-o)"))]
+    else:
+        project = need("CHECKPOINT")
         jobs = [(project.checkpoint, output or project.engine), (project.model, project.baseline)]
-    choices = {
-        "target": target or (project.target if project else "onnx"),
-        "precision": precision or (project.precision if project else "fp32"),
-    }
+    choices = {"target": target or project.target, "precision": precision or project.precision}
     done = [api.export(str(source), out, tie=tie, force=force, **choices) for source, out in jobs]
     data = done[0] if checkpoint else {"engines": [result.model_dump(mode="json") for result in done]}
 
@@ -228,7 +227,7 @@ def run(
     flabc run engine "def fibonacci(n):"
     flabc run engine --chat "Write a function that reverses a string."
     """
-    from flabc.project import need
+    from flabc.project import settle
     from flabc.runtime.backend import Limits
     from flabc.runtime.sampling import SamplingParams
     from flabc.runtime.session import Session
@@ -240,7 +239,7 @@ def run(
         )
     except ValueError as error:
         raise UsageError(f"These sampling options do not fit: {error}") from error
-    session = Session.open(engine or need("ENGINE").engine, limits=Limits(max_length=max_length, threads=threads))
+    session = Session.open(settle(engine, "engine", "ENGINE"), limits=Limits(max_length=max_length, threads=threads))
     asked = [{"role": "user", "content": text}] if chat else text
     if as_json:
         answer = session.generate(asked, params)
@@ -311,15 +310,14 @@ def bench(
     flabc bench engine --baseline dense-engine -o report
     """
     from flabc import api
-    from flabc.project import find, need
+    from flabc.project import settle
     from flabc.runtime.measure.result import Workload
 
-    project = find() if engine and baseline and output else need("ENGINE, --baseline or -o")
     workload = Workload(prompt_tokens=prompt_tokens, output_tokens=output_tokens, rounds=rounds, threads=threads)
     done = api.bench(
-        engine or (project or need("ENGINE")).engine,
-        baseline or (project or need("--baseline")).baseline,
-        output or (project or need("-o")).report,
+        settle(engine, "engine", "ENGINE"),
+        settle(baseline, "baseline", "--baseline"),
+        settle(output, "report", "report folder (-o)"),
         workload=workload,
         corpus=corpus,
         force=force,

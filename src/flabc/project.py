@@ -83,6 +83,15 @@ def need(what: str) -> Project:
     return project
 
 
+def settle(value: str | None, field: str, what: str) -> str:
+    """A command's argument as it was given, else the project's field.
+
+    Raises:
+        UsageError: naming ``what`` is missing, if there is no project either.
+    """
+    return value if value is not None else str(getattr(need(what), field))
+
+
 def init(folder: Path, model: str, recipe: str, *, force: bool = False) -> Path:
     """Write a commented ``flabc.yaml`` and the schema by which editors complete and check it.
 
