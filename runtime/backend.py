@@ -8,6 +8,7 @@ Letters in shape comments: B sequences, S new tokens, V vocab_size.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,12 +32,14 @@ class Limits:
         max_length: tokens of one sequence, prompt and answer together.
         threads: threads for the computation; None leaves the choice to the backend.
         provider: where to run: ``auto``, ``cpu`` or ``cuda``.
+        dtype: what to compute in, if the backend has a choice: ``float32`` or ``bfloat16``.
     """
 
     max_batch: int = 1
     max_length: int = 2048
     threads: int | None = None
     provider: str = "auto"
+    dtype: str = "float32"
 
     def check_batch(self, batch: int) -> None:
         """Refuse more sequences than there is room for.
@@ -89,6 +92,18 @@ class Backend(Protocol):
         Raises:
             EngineError: if the sequences would grow longer than ``limits.max_length``.
         """
+        ...
+
+    def join(self, ids: Ids, counts: Ids) -> Logits:
+        """Let new sequences join behind those that are running; as ``extend`` for them alone.
+
+        Raises:
+            EngineError: if there would be more than ``limits.max_batch``, or one is too long.
+        """
+        ...
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these of the running sequences only, in this order."""
         ...
 
     def score(self, ids: Ids) -> Logits:

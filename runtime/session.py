@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -14,11 +13,10 @@ from flabc.artifact import Artifact
 from flabc.errors import EngineError
 from flabc.spec import ModelSpec
 
+from .answer import Answer, FinishReason, Generation
 from .backend import Backend, Limits, open_backend
 from .sampling import SamplingParams, sampler
-from .text import Message, TextCodec, until_stop
-
-FinishReason = Literal["stop", "length"]
+from .text import Message, TextCodec
 
 
 @dataclass(frozen=True)
@@ -28,16 +26,6 @@ class Chunk:
     text: str
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A whole answer."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    prompt_tokens: int
 
 
 class Session:
@@ -78,30 +66,30 @@ class Session:
         Raises:
             EngineError: if the prompt is empty or leaves no room for an answer.
         """
-        ids = self.encode(prompt)
-        chunks = list(self._chunks(ids, params or SamplingParams()))
-        return Generation(
-            text="".join(chunk.text for chunk in chunks),
-            token_ids=tuple(index for chunk in chunks for index in chunk.token_ids),
-            finish_reason=chunks[-1].finish_reason or "length",
-            prompt_tokens=len(ids),
-        )
+        ids, params = self.encode(prompt), params or SamplingParams()
+        answer = self.answer(ids, params)
+        for token in self.tokens(ids, params):
+            answer.take(token)
+            if answer.finish_reason:
+                break
+        return answer.generation()
 
     def stream(self, prompt: str | Sequence[Message], params: SamplingParams | None = None) -> Iterator[Chunk]:
         """Answer a prompt piece by piece; every piece is whole characters, none is part of a stop text."""
-        yield from self._chunks(self.encode(prompt), params or SamplingParams())
+        ids, params = self.encode(prompt), params or SamplingParams()
+        answer = self.answer(ids, params)
+        for token in self.tokens(ids, params):
+            yield Chunk(answer.take(token), (token,), answer.finish_reason)
+            if answer.finish_reason:
+                return
 
     def tokens(self, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
-        """The answer's token ids, one at a time, end-of-sequence included."""
-        if not prompt_ids:
-            raise EngineError("The prompt is empty.", expected="at least one token")
-        room = self.backend.limits.max_length - len(prompt_ids)
-        if room < 1:
-            raise EngineError(
-                f"The prompt has {len(prompt_ids)} tokens.",
-                expected=f"fewer than {self.backend.limits.max_length}",
-                fix="Shorten it, or open the engine with a larger --max-length.",
-            )
+        """The answer's token ids, one at a time, end-of-sequence included; stop texts are not looked for.
+
+        Raises:
+            EngineError: if the prompt is empty or leaves no room for an answer.
+        """
+        room = self.room(prompt_ids)
         draw = sampler(params)
         self.backend.start(1)
         new = np.array([prompt_ids], np.int64)
@@ -118,21 +106,26 @@ class Session:
             return self.codec.encode(prompt)
         return self.codec.encode_plain(self.codec.render(prompt))
 
-    def _chunks(self, ids: Sequence[int], params: SamplingParams) -> Iterator[Chunk]:
-        drawn: list[int] = []
+    def answer(self, prompt_ids: Sequence[int], params: SamplingParams) -> Answer:
+        """An answer with no tokens yet."""
+        return Answer(self.codec, params, len(prompt_ids), self.room(prompt_ids))
 
-        def watched() -> Iterator[int]:
-            for token in self.tokens(ids, params):
-                drawn.append(token)
-                yield token
+    def room(self, prompt_ids: Sequence[int]) -> int:
+        """Tokens that an answer can have.
 
-        taken, stopped = 0, False
-        for text, stopped in until_stop(self.codec.pieces(watched()), params.stop):
-            if text or stopped:
-                yield Chunk(text, tuple(drawn[taken:]))
-                taken = len(drawn)
-        ended = stopped or bool(drawn and drawn[-1] in self.codec.eos_ids and not params.ignore_eos)
-        yield Chunk("", tuple(drawn[taken:]), "stop" if ended else "length")
+        Raises:
+            EngineError: if the prompt is empty or leaves no room.
+        """
+        if not prompt_ids:
+            raise EngineError("The prompt is empty.", expected="at least one token")
+        room = self.backend.limits.max_length - len(prompt_ids)
+        if room < 1:
+            raise EngineError(
+                f"The prompt has {len(prompt_ids)} tokens.",
+                expected=f"fewer than {self.backend.limits.max_length}",
+                fix="Shorten it, or open the engine with a larger --max-length.",
+            )
+        return room
 
 
 def _read_spec(folder: Path) -> tuple[ModelSpec, str]:

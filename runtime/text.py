@@ -1,9 +1,9 @@
-"""Text in and out: tokenizer, chat template, stop texts, streaming of whole characters only."""
+"""Text in and out: tokenizer, chat template, streaming of whole characters only."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,10 @@ class TextCodec:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def pieces(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of a stream of ids as it becomes certain: never half a character."""
+    def decoder(self) -> Callable[[int], str]:
+        """A function from each next id of a stream to the text that it makes certain: never half a character."""
         stream = DecodeStream(skip_special_tokens=True)
-        for index in ids:
-            piece = stream.step(self.tokenizer, index)
-            yield piece or ""
+        return lambda index: stream.step(self.tokenizer, index) or ""
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """The prompt that the model's chat template makes of messages, in Jinja's sandbox.
@@ -71,30 +69,6 @@ class TextCodec:
         except Exception as error:  # a template computes, so it may fail as any program may
             raise EngineError(f"The chat template refuses the messages: {error}") from error
         return prompt
-
-
-def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[tuple[str, bool]]:
-    """Pass text on until a stop text appears; text that may be the beginning of one is held back.
-
-    Yields:
-        a piece of text, and whether the answer ends with it.
-    """
-    held = ""
-    for piece in pieces:
-        held += piece
-        found = [at for at in (held.find(text) for text in stop if text) if at >= 0]
-        if found:
-            yield held[: min(found)], True
-            return
-        keep = max((_overlap(held, text) for text in stop), default=0)
-        yield held[: len(held) - keep], False
-        held = held[len(held) - keep :]
-    yield held, False
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of ``text`` begin ``stop``."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def _template_environment() -> Any:

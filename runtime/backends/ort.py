@@ -34,6 +34,12 @@ class OrtBackend:
     name = "onnxruntime"
 
     def __init__(self, folder: Path, spec: ModelSpec, limits: Limits) -> None:
+        if limits.dtype != "float32":
+            raise EngineError(
+                "An engine computes in the precision that it was exported in.",
+                expected="float32",
+                found=limits.dtype,
+            )
         self.spec = spec
         self.limits = limits
         self._ort = require("onnxruntime", "cpu")
@@ -59,27 +65,35 @@ class OrtBackend:
         """Forget all sequences and begin ``batch`` new ones."""
         self.limits.check_batch(batch)
         self._lengths = np.zeros(batch, np.int64)
-        self._binding = self._session.io_binding()
-        for name, buffer in self._cache.items():
-            value = self._ort.OrtValue.ortvalue_from_numpy(buffer[:batch])
-            self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
-            self._binding.bind_ortvalue_output(f"present.{name}", value)
-        self._binding.bind_output("logits", "cpu")
+        self._binding = self._bind(0, batch)
 
     def extend(self, ids: Ids, counts: Ids) -> Logits:
         """Append tokens to every sequence; (B, S) and (B,) in, (B, V) out."""
         if self._lengths.any() and ids.shape[1] > 1 and len(ids) > 1:
             raise EngineError("ONNX Runtime extends a running batch by one token at a time.", found=str(ids.shape))
-        lengths = self._lengths + counts
-        longest = int(lengths.max())
-        self.limits.check_length(longest)
-        mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)  # (B, total)
-        self._binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids))
-        self._binding.bind_cpu_input("attention_mask", mask)
-        self._session.run_with_iobinding(self._binding)
-        self._lengths = lengths
-        logits: Logits = self._binding.get_outputs()[self._logits_at].numpy()
-        return logits[:, -1].copy()  # the next run writes to the same memory
+        logits = self._run(self._binding, ids, self._lengths + counts)
+        self._lengths = self._lengths + counts
+        return logits
+
+    def join(self, ids: Ids, counts: Ids) -> Logits:
+        """Let new sequences join behind those that are running."""
+        running, together = len(self._lengths), len(self._lengths) + len(ids)
+        self.limits.check_batch(together)
+        logits = self._run(self._bind(running, together), ids, counts)
+        self._lengths = np.concatenate([self._lengths, counts])
+        self._binding = self._bind(0, together)
+        return logits
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these sequences only; only rows that change their place are copied."""
+        moves = [(to, row) for to, row in enumerate(rows) if to != row]
+        self._lengths = self._lengths[list(rows)]
+        if moves:
+            to, source = (list(places) for places in zip(*moves, strict=True))
+            used = int(self._lengths.max())
+            for buffer in self._cache.values():
+                buffer[to, :, :used] = buffer[source, :, :used]
+        self._binding = self._bind(0, len(rows))
 
     def score(self, ids: Ids) -> Logits:
         """Logits at every position of fresh sequences, (B, S, V)."""
@@ -91,6 +105,27 @@ class OrtBackend:
         (logits,) = self._scorer.run(["logits"], feeds)
         scores: Logits = logits
         return scores
+
+    def _bind(self, first: int, end: int) -> Any:
+        """A binding in which the sequences from ``first`` up to ``end`` read and extend their cache."""
+        binding = self._session.io_binding()
+        for name, buffer in self._cache.items():
+            value = self._ort.OrtValue.ortvalue_from_numpy(buffer[first:end])
+            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            binding.bind_ortvalue_output(f"present.{name}", value)
+        binding.bind_output("logits", "cpu")
+        return binding
+
+    def _run(self, binding: Any, ids: Ids, lengths: Ids) -> Logits:
+        """Logits after the last tokens of the bound sequences, which are then ``lengths`` long."""
+        longest = int(lengths.max())
+        self.limits.check_length(longest)
+        mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)  # (B, total)
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids))
+        binding.bind_cpu_input("attention_mask", mask)
+        self._session.run_with_iobinding(binding)
+        logits: Logits = binding.get_outputs()[self._logits_at].numpy()
+        return logits[:, -1].copy()  # the next run writes to the same memory
 
     @cached_property
     def _logits_at(self) -> int:

@@ -1,19 +1,23 @@
 """Torch and transformers: checkpoints, as the dense reference. The only module of the runtime that imports torch.
 
-It computes in float32 whatever the weights are stored in, as engines do: half precision rounds by more than the
-differences that the reference is there to show.
+Unless bfloat16 is asked for it computes in float32 whatever the weights are stored in, as engines do: half precision
+rounds by more than the differences that the reference is there to show.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flabc.errors import EngineError, require
+from flabc.errors import EngineError, UnknownNameError, require
 from flabc.runtime.backend import Ids, Limits, Logits
 from flabc.spec import ModelSpec
+
+#: What it can compute in, as torch calls it.
+DTYPES = ("float32", "bfloat16")
 
 
 def open_backend(folder: Path, spec: ModelSpec, limits: Limits) -> TorchBackend:
@@ -22,6 +26,7 @@ def open_backend(folder: Path, spec: ModelSpec, limits: Limits) -> TorchBackend:
     Raises:
         MissingExtraError: if torch or transformers is not installed.
         EngineError: if CUDA is asked for and not there.
+        UnknownNameError: if the dtype is neither ``float32`` nor ``bfloat16``.
     """
     return TorchBackend(folder, spec, limits)
 
@@ -41,11 +46,13 @@ class TorchBackend:
         device = "cpu" if limits.provider == "auto" else limits.provider
         if device == "cuda" and not self._torch.cuda.is_available():
             raise EngineError("CUDA was asked for.", found="a torch that sees no CUDA device")
+        if limits.dtype not in DTYPES:
+            raise UnknownNameError("dtype", limits.dtype, DTYPES)
         verbosity = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=self._torch.float32, local_files_only=True
+            folder, dtype=getattr(self._torch, limits.dtype), local_files_only=True
         )
         transformers.logging.set_verbosity(verbosity)
         self._model = model.to(device).eval()
@@ -62,19 +69,51 @@ class TorchBackend:
         """Append tokens to every sequence; (B, S) and (B,) in, (B, V) out."""
         lengths = self._valid.sum(1)
         self.limits.check_length(int((lengths + counts).max()))
-        steps = np.arange(ids.shape[1])
-        self._valid = np.concatenate([self._valid, (steps < counts[:, None]).astype(np.int64)], axis=1)
-        positions = lengths[:, None] + np.minimum(steps, counts[:, None] - 1)
+        self._valid = np.concatenate([self._valid, _real(ids, counts)], axis=1)
+        positions = lengths[:, None] + np.minimum(np.arange(ids.shape[1]), counts[:, None] - 1)
+        return self._run(ids, counts, positions, self._valid, self._cache)
+
+    def join(self, ids: Ids, counts: Ids) -> Logits:
+        """Let new sequences join behind those that are running."""
+        self.limits.check_batch(len(self._valid) + len(ids))
+        self.limits.check_length(int(counts.max()))
+        cache, valid = self._cache_class(config=self._model.config), _real(ids, counts)
+        positions = np.minimum(np.arange(ids.shape[1]), counts[:, None] - 1)
+        logits = self._run(ids, counts, positions, valid, cache)
+        if not len(self._valid):
+            self._cache, self._valid = cache, valid
+            return logits
+        # Caches of one length: the shorter gets positions in front that nobody attends to.
+        longest = max(self._valid.shape[1], valid.shape[1])
+        for ours, theirs in zip(self._cache.layers, cache.layers, strict=True):
+            ours.keys = self._stack(ours.keys, theirs.keys, longest)
+            ours.values = self._stack(ours.values, theirs.values, longest)
+        self._valid = np.concatenate(
+            [np.pad(part, ((0, 0), (longest - part.shape[1], 0))) for part in (self._valid, valid)]
+        )
+        return logits
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these sequences only."""
+        self._cache.batch_select_indices(self._tensor(np.array(rows, np.int64)))
+        self._valid = self._valid[list(rows)]
+
+    def _run(self, ids: Ids, counts: Ids, positions: Ids, valid: Ids, cache: Any) -> Logits:
         with self._torch.no_grad():
             hidden = self._model.model(
                 input_ids=self._tensor(ids),
-                attention_mask=self._tensor(self._valid),
+                attention_mask=self._tensor(valid),
                 position_ids=self._tensor(positions),
-                past_key_values=self._cache,
+                past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state  # (B, S, D)
             last = hidden[self._torch.arange(len(ids)), self._tensor(counts - 1)]
             return self._numpy(self._model.lm_head(last))
+
+    def _stack(self, ours: Any, theirs: Any, longest: int) -> Any:
+        """Two caches (B, H, T, d) as one of ``longest`` positions."""
+        pad = self._torch.nn.functional.pad
+        return self._torch.cat([pad(part, (0, 0, longest - part.shape[2], 0)) for part in (ours, theirs)])
 
     def score(self, ids: Ids) -> Logits:
         """Logits at every position of fresh sequences, (B, S, V)."""
@@ -87,3 +126,9 @@ class TorchBackend:
     def _numpy(self, logits: Any) -> Logits:
         array: Logits = logits.float().cpu().numpy()
         return array
+
+
+def _real(ids: Ids, counts: Ids) -> Ids:
+    """Which of (B, S) tokens are no padding."""
+    real: Ids = (np.arange(ids.shape[1]) < counts[:, None]).astype(np.int64)
+    return real

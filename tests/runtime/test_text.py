@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flabc.errors import EngineError
-from flabc.runtime.text import Message, TextCodec, until_stop
+from flabc.runtime.answer import StopFilter
+from flabc.runtime.text import Message, TextCodec
 
 texts = st.text("ab\n", max_size=30)
 stops = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)
@@ -21,12 +22,13 @@ stops = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)
 def test_a_stop_text_is_found_however_the_pieces_fall(text: str, stop: list[str], cuts: list[int]) -> None:
     edges = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})
     pieces = [text[a:b] for a, b in pairwise(edges)]
-    given_out = list(until_stop(pieces, stop))
+    found = StopFilter(stop)
+    given_out = [found.push(piece) for piece in pieces] + [found.flush()]
     end = min((at for at in (text.find(s) for s in stop) if at >= 0), default=len(text))
-    assert "".join(piece for piece, _ in given_out) == text[:end]
-    assert given_out[-1][1] == any(s in text for s in stop)
+    assert "".join(given_out) == text[:end]
+    assert found.stopped == any(s in text for s in stop)
     shown = ""
-    for piece, _ in given_out:  # nothing is shown that would have to be taken back
+    for piece in given_out:  # nothing is shown that would have to be taken back
         shown += piece
         assert not any(s in shown for s in stop)
 
@@ -47,7 +49,7 @@ def tokenizer(tiny_checkpoint: Path) -> Any:
 def test_a_character_cut_over_tokens_comes_in_one_piece(codec: TextCodec, text: str) -> None:
     ids = codec.encode_plain(text)
     assert len(ids) > len(text)  # every byte of a rare character is a token
-    pieces = list(codec.pieces(ids))
+    pieces = [*map(codec.decoder(), ids)]
     assert len(pieces) == len(ids)
     assert "".join(pieces) == codec.decode(ids) == text
     assert all("\ufffd" not in piece for piece in pieces)
@@ -64,7 +66,7 @@ def test_encoding_and_decoding_are_those_of_transformers(codec: TextCodec, token
 @given(text=st.text(max_size=40))
 def test_streaming_gives_whole_characters_and_all_of_them(codec: TextCodec, text: str) -> None:
     ids = codec.encode_plain(text)
-    pieces = list(codec.pieces(ids))
+    pieces = [*map(codec.decoder(), ids)]
     normalizer = codec.tokenizer.normalizer  # the qwen2 family composes characters (NFC) before it cuts
     expected = normalizer.normalize_str(text) if normalizer else text
     assert "".join(pieces) == codec.decode(ids) == expected
