@@ -89,3 +89,65 @@ def _filled(samples: Sequence[float]) -> Floats:
     if not len(samples):
         raise ValueError("there are no samples")
     return np.asarray(samples, np.float64)
+
+
+def mean_error(values: Sequence[float]) -> float | None:
+    """Standard error of the mean of independent values; None if there are fewer than two."""
+    return None if len(values) < 2 else float(np.std(values, ddof=1) / np.sqrt(len(values)))
+
+
+def ratio_error(sums: Floats, sizes: Floats) -> float | None:
+    """Standard error of ``sums.sum() / sizes.sum()`` over independent units, by linearisation; both (n,).
+
+    After W. G. Cochran, Sampling Techniques (1977), chapter 6. None if there are fewer than two units.
+    """
+    n = len(sums)
+    if n < 2:
+        return None
+    residuals = sums - sizes * (sums.sum() / sizes.sum())
+    return float(np.sqrt(n / (n - 1) * (residuals**2).sum()) / sizes.sum())
+
+
+def pass_at_k(n: int, passed: float, k: int) -> float:
+    """Probability that one of ``k`` answers is right, unbiased, from ``n`` answers of which ``passed`` are.
+
+    M. Chen et al., Evaluating Large Language Models Trained on Code (2021), section 2.1.
+
+    Raises:
+        ValueError: if there are fewer answers than ``k``.
+    """
+    if n < k:
+        raise ValueError(f"pass@{k} needs at least {k} answers, not {n}")
+    failed = n - int(passed)
+    return 1.0 if failed < k else float(1 - np.prod(1 - k / np.arange(failed + 1, n + 1)))
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Exact two-sided p-value that as many units are gained as lost, from those that changed (Q. McNemar, 1947)."""
+    from scipy.stats import binomtest
+
+    return 1.0 if gained + lost == 0 else float(binomtest(gained, gained + lost).pvalue)
+
+
+def paired_test(a: Sequence[float], b: Sequence[float], *, seed: int = SEED) -> float:
+    """Two-sided p-value that paired values differ by nothing: the mean difference under random flips of sign.
+
+    Exact for few pairs, by ``RESAMPLES`` random flips for many. R. A. Fisher, The Design of Experiments (1935).
+    """
+    from scipy.stats import permutation_test
+
+    differences = np.asarray(a, np.float64) - np.asarray(b, np.float64)
+    if not differences.any():
+        return 1.0
+    changed = differences[differences != 0]  # the others do not change under a flip
+    if len(changed) < 2:
+        return 1.0
+    found = permutation_test(
+        (changed,),
+        np.mean,
+        permutation_type="samples",
+        n_resamples=RESAMPLES - 1,
+        vectorized=True,
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.pvalue)

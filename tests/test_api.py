@@ -11,6 +11,7 @@ import flabc
 from flabc import api
 from flabc.artifact import Artifact
 from flabc.errors import ArtifactError, ModelError, UnknownNameError
+from flabc.runtime.evaluate.task import EvalOptions
 from flabc.runtime.measure.result import Workload
 from flabc.spec import ModelSpec
 
@@ -82,14 +83,16 @@ def test_export_carries_the_proof_on(tiny_checkpoint: Path, tiny_engine: Path) -
 
 
 def test_evaluate_agrees_between_torch_and_the_engine(tiny_checkpoint: Path, tiny_engine: Path) -> None:
-    torch_side, engine_side = (api.evaluate(folder) for folder in (tiny_checkpoint, tiny_engine))
-    assert torch_side.sums.tokens == engine_side.sums.tokens
-    assert engine_side.perplexity == pytest.approx(torch_side.perplexity, rel=1e-4)
+    result = api.evaluate(tiny_engine, EvalOptions(limit=3), baseline=tiny_checkpoint)
+    perplexity = result.rows[0]
+    assert perplexity.baseline is not None
+    assert perplexity.target.n == 3
+    assert perplexity.target.value == pytest.approx(perplexity.baseline.value, rel=1e-4)
 
 
 def test_an_unknown_task_is_told(tiny_engine: Path) -> None:
     with pytest.raises(UnknownNameError, match="Did you mean 'perplexity'"):
-        api.evaluate(tiny_engine, task="perplexty")
+        api.evaluate(tiny_engine, EvalOptions(task="perplexty"))
 
 
 def test_bench_measures_both_sides_alike(tiny_engine: Path, tiny_dense_engine: Path, tmp_path: Path) -> None:

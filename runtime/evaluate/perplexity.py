@@ -55,31 +55,50 @@ class Perplexity(BaseModel):
 
 
 def perplexity(backend: Backend, codec: TextCodec, texts: Sequence[str]) -> Perplexity:
-    """Score texts, every token of each.
-
-    A document begins after the model's beginning-of-sequence token (the end-of-sequence token where there is
-    none), as in lm-evaluation-harness, so that its first token is scored too.
+    """Score texts, every token of each; see ``score_text``.
 
     Raises:
         CorpusError: if there is no text.
     """
     if not any(texts):
         raise CorpusError("There is no text to score.")
-    window = min(WINDOW, backend.spec.max_position_embeddings)
-    stride = min(STRIDE, window // 2)
-    nll, tokens = 0.0, 0
     with progress("scoring held-out text", len(texts)) as advance:
+        scores = []
         for text in texts:
-            ids = codec.encode_plain(text)
-            if codec.prefix_id is not None:
-                ids = [codec.prefix_id, *ids]
-            for span, new in windows(len(ids), window, stride):
-                part = np.array([ids[span]], np.int64)
-                nll += float(token_nll(backend.score(part)[0], part[0])[-new:].sum())
-                tokens += new
+            scores.append(score_text(backend, codec, text))
             advance(1)
-    size = sum(len(text.encode()) for text in texts)
-    return Perplexity(nll_nats=nll, tokens=tokens, bytes=size, documents=len(texts))
+    return Perplexity(
+        nll_nats=sum(nll for nll, _ in scores),
+        tokens=sum(tokens for _, tokens in scores),
+        bytes=sum(len(text.encode()) for text in texts),
+        documents=len(texts),
+    )
+
+
+def score_text(backend: Backend, codec: TextCodec, text: str) -> tuple[float, int]:
+    """Negative log-likelihood of a text in nats, and its tokens, all of them scored.
+
+    The text begins after ``prefixed``, as in lm-evaluation-harness, so that its first token is scored too.
+    """
+    ids = prefixed(codec, text)
+    nll, tokens = 0.0, 0
+    for span, new in windows(len(ids), *window_of(backend)):
+        part = np.array([ids[span]], np.int64)
+        nll += float(token_nll(backend.score(part)[0], part[0])[-new:].sum())
+        tokens += new
+    return nll, tokens
+
+
+def prefixed(codec: TextCodec, text: str) -> list[int]:
+    """Token ids behind the model's beginning-of-sequence token, or its end-of-sequence token if it has none."""
+    ids = codec.encode_plain(text)
+    return ids if codec.prefix_id is None else [codec.prefix_id, *ids]
+
+
+def window_of(backend: Backend) -> tuple[int, int]:
+    """Window and stride that a model's positions allow."""
+    window = min(WINDOW, backend.spec.max_position_embeddings)
+    return window, min(STRIDE, window // 2)
 
 
 def windows(length: int, window: int, stride: int) -> Iterator[tuple[slice, int]]:

@@ -6,46 +6,59 @@ is first needed, so that a host that only serves needs only what serving needs.
 
 from __future__ import annotations
 
+import json
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
 from flabc import artifact
 from flabc.artifact import Artifact, Manifest
-from flabc.console import progress
-from flabc.errors import EngineError, FlabcError, ModelError, UnknownNameError, require
+from flabc.console import note, progress
+from flabc.errors import ArtifactError, EngineError, FlabcError, ModelError, UsageError, require
 from flabc.recipe import Recipe
 from flabc.recipe import load as load_recipe
 from flabc.runtime.doctor import Finding, examine
-from flabc.runtime.evaluate.perplexity import Perplexity
+from flabc.runtime.evaluate.record import Record
+from flabc.runtime.evaluate.sandbox import isolation
+from flabc.runtime.evaluate.subject import Local, Server, is_url
+from flabc.runtime.evaluate.task import HARNESS, KL, PERPLEXITY, EvalOptions, problems
+from flabc.runtime.evaluate.task import check as check_task
+from flabc.runtime.measure.environment import environment
 from flabc.runtime.measure.result import BenchResult, Workload
 from flabc.spec import BYTES_PER_PARAMETER, ModelSpec
+
+if TYPE_CHECKING:
+    from flabc.perf.evaluation import EvalResult, EvalSide
 
 __all__ = [
     "BenchReport",
     "Compressed",
-    "Evaluation",
+    "Diff",
     "Exported",
     "Inspection",
     "bench",
     "compress",
+    "diff",
     "doctor",
     "evaluate",
     "export",
     "inspect",
+    "read_bench",
+    "read_evaluation",
 ]
 
-#: Held-out text that perplexity is measured on: so many documents, each cut to so many characters.
+#: Built-in held-out text that perplexity is measured on: so many documents, each cut to so many characters.
 HELDOUT_DOCUMENTS, HELDOUT_CHARACTERS = 24, 2400
 
 #: Characters per prompt token that a text must have to be sure to fill a prompt.
 CHARACTERS_PER_TOKEN = 12
-
-TASKS = ("perplexity",)
 
 
 class Result(BaseModel):
@@ -99,15 +112,15 @@ class Exported(Result):
     parity: dict[str, Any]
 
 
-class Evaluation(Result):
-    """How a model does on a task."""
+class Diff(Result):
+    """Problems that ``after`` solves and ``before`` does not, and the other way round, of ``compared`` ones."""
 
-    target: str
+    before: str
+    after: str
     task: str
-    corpus: str
-    perplexity: float
-    bits_per_byte: float
-    sums: Perplexity
+    compared: int
+    gained: tuple[str, ...]
+    lost: tuple[str, ...]
 
 
 class BenchReport(Result):
@@ -276,37 +289,97 @@ def export(
 
 
 def evaluate(
-    target: str | Path, *, task: str = "perplexity", corpus: str = "python-stdlib", tie: bool = False
-) -> Evaluation:
-    """Measure quality: an engine through ONNX Runtime, anything else through torch.
+    target: str | Path,
+    options: EvalOptions | None = None,
+    *,
+    baseline: str | Path | None = None,
+    output: str | Path | None = None,
+    tie: bool = False,
+    force: bool = False,
+) -> EvalResult:
+    """Measure quality: an engine through ONNX Runtime, a server through its API, anything else through torch.
+
+    With an ``output`` a run that was cut off goes on where it was: what is not finished lies in ``OUTPUT.partial``.
 
     Args:
-        target: an engine, a checkpoint, or whatever ``compress`` takes as a model.
-        task: ``perplexity``.
-        corpus: the text, of which the held-out side is used.
+        target: an engine, a checkpoint, whatever ``compress`` takes as a model, or the URL of a server that speaks
+            OpenAI's API.
+        options: the task and how it is run; both sides get the same.
+        baseline: what it is compared with.
+        output: the folder for ``report.html``, ``report.md``, ``eval.json`` and the records of both sides.
         tie: as for ``compress``.
+        force: replace a folder that is not empty, and begin a run anew that was cut off.
 
     Raises:
-        UnknownNameError: for an unknown task or corpus.
+        UnknownNameError: for an unknown task, choice or corpus.
+        UsageError: if the task runs model-written code and that is not allowed, or lacks something.
+        CorpusError: if the task's file is missing or is no such file.
         FlabcError: see ``flabc.errors``.
     """
-    from flabc.runtime.evaluate.perplexity import perplexity
-    from flabc.runtime.session import Session
+    require("scipy", "eval")
+    from flabc.perf import comparison, evaluation
 
-    if task not in TASKS:
-        raise UnknownNameError("task", task, TASKS)
-    texts = heldout_texts(corpus)
-    with model_folder(str(target), tie=tie) as (folder, *_):
-        session = Session.open(folder)
-        found = perplexity(session.backend, session.codec, texts)
-    return Evaluation(
-        target=str(target),
-        task=task,
-        corpus=corpus,
-        perplexity=found.perplexity,
-        bits_per_byte=found.bits_per_byte,
-        sums=found,
+    options = options or EvalOptions()
+    check_task(options)
+    if options.name == KL and baseline is None:
+        raise UsageError("KL compares two models.", fix="Give --baseline.")
+    if output is not None:
+        artifact.check_free(output, force=force)
+    models = {"target": str(target)} | ({} if baseline is None else {"baseline": str(baseline)})
+    with _partial(output, {"options": options.identity(), **_identities(models)}, force=force) as folder:
+        measured = _measure(models, options, folder, tie=tie)
+        records = {side: rows for side, (_, rows) in measured.items()}
+        result = evaluation.EvalResult(
+            created=datetime.now(UTC).replace(microsecond=0),
+            environment=environment(),
+            options=options,
+            target=measured["target"][0],
+            baseline=measured["baseline"][0] if "baseline" in measured else None,
+            rows=tuple(comparison.compare(options, records["target"], records.get("baseline"))),
+            unprotected=isolation().missing if options.allow_code_execution else (),
+        )
+        if output is not None:
+            with artifact.create(output, "report", force=force) as draft:
+                evaluation.write(result, records, draft.path)
+    return result
+
+
+def diff(before: str | Path, after: str | Path) -> Diff:
+    """The problems that one evaluation's target solves and the other's does not.
+
+    Raises:
+        ArtifactError: if a folder is damaged or is no evaluation.
+        UsageError: if they are of different tasks.
+    """
+    from flabc.perf.evaluation import pairs, read_records
+
+    results = [read_evaluation(folder) for folder in (before, after)]
+    tasks = [result.options.task for result in results]
+    if tasks[0] != tasks[1]:
+        raise UsageError("These evaluations are of different tasks.", expected=tasks[0], found=tasks[1])
+    found = list(pairs(read_records(Path(after)), read_records(Path(before))))
+    by_state = {state: tuple(pair.task_id for pair in found if pair.state == state) for state in ("gained", "lost")}
+    return Diff(
+        before=results[0].target.model,
+        after=results[1].target.model,
+        task=tasks[0],
+        compared=sum(bool(pair.baseline) for pair in found),
+        **by_state,
     )
+
+
+def read_evaluation(folder: str | Path) -> EvalResult:
+    """The result of an evaluation's folder, verified.
+
+    Raises:
+        ArtifactError: if the folder is damaged or is no evaluation.
+    """
+    from flabc.perf.evaluation import RESULT, EvalResult
+
+    file = Artifact.open(folder, "report").path / RESULT
+    if not file.is_file():
+        raise ArtifactError(f"{folder} is no evaluation.", expected=RESULT)
+    return EvalResult.model_validate_json(file.read_text(encoding="utf-8"))
 
 
 def bench(
@@ -339,7 +412,8 @@ def bench(
     for folder in (engine, baseline):
         Artifact.open(folder, "engine")
     workload = workload or Workload()
-    result = measure(Path(engine), Path(baseline), workload, _prompts(corpus, workload), heldout_texts(corpus))
+    texts = list(heldout_texts(corpus).values())
+    result = measure(Path(engine), Path(baseline), workload, _prompts(corpus, workload), texts)
     with artifact.create(output, "report", force=force) as draft:
         (draft.path / "bench.json").write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
         report.write_html(result, draft.path / "report.html")
@@ -391,12 +465,105 @@ def model_folder(model: str, *, tie: bool = False) -> Iterator[tuple[Path, Model
         yield Path(folder), loaded.spec, None
 
 
-def heldout_texts(corpus: str) -> list[str]:
-    """The text that perplexity is measured on: the held-out side of a corpus, never calibrated on."""
-    from flabc.compress.data.corpus import load
+def heldout_texts(corpus: str, limit: int | None = None) -> dict[str, str]:
+    """The text that perplexity is measured on, by name: the held-out side of a corpus, never calibrated on.
+
+    Of a built-in corpus it is the begin of a few documents; of a file or folder, all of it.
+    """
+    from flabc.compress.data.corpus import CORPORA, load
 
     documents = load(corpus, "heldout")
-    return [document.text[:HELDOUT_CHARACTERS] for document in documents[:HELDOUT_DOCUMENTS]]
+    built_in = corpus in CORPORA
+    count = limit or (HELDOUT_DOCUMENTS if built_in else len(documents))
+    size = HELDOUT_CHARACTERS if built_in else None
+    return {f"{n} {document.name}": document.text[:size] for n, document in enumerate(documents[:count])}
+
+
+def _measure(
+    models: dict[str, str], options: EvalOptions, folder: Path, *, tie: bool
+) -> dict[str, tuple[EvalSide, list[Record]]]:
+    """Every side's records, one model after the other; KL needs both at once."""
+    from flabc.runtime.evaluate import generation, harness, reading
+
+    if options.name == KL:
+        texts = heldout_texts(options.corpus, options.limit)
+        with _subject(models["baseline"], options, tie) as dense, _subject(models["target"], options, tie) as subject:
+            records = reading.read_kl(texts, dense, subject, folder, "target")
+            return {"target": (_side(models["target"], subject), records)} | {
+                "baseline": (_side(models["baseline"], dense), [])
+            }
+    measured = {}
+    for label in sorted(models):  # the baseline first
+        own = folder / label
+        own.mkdir(exist_ok=True)
+        with _subject(models[label], options, tie) as subject:
+            started, tokens = time.monotonic(), None
+            resumed = any(own.iterdir())
+            if options.name == PERPLEXITY:
+                texts = heldout_texts(options.corpus, options.limit)
+                records = reading.read_perplexity(texts, subject, own, label)
+            elif options.name == HARNESS:
+                records = harness.run(subject, options)
+            else:
+                asked = problems(options)
+                records, tokens = generation.run(asked, subject, options, own, label)
+            seconds = None if resumed else time.monotonic() - started
+            measured[label] = (_side(models[label], subject, tokens, seconds), records)
+    return measured
+
+
+def _side(model: str, subject: Local | Server, tokens: int | None = None, seconds: float | None = None) -> EvalSide:
+    from flabc.perf.evaluation import EvalSide
+
+    parameters = subject.session.spec.num_parameters if isinstance(subject, Local) else None
+    return EvalSide(model=model, parameters=parameters, tokens=tokens, seconds=seconds)
+
+
+@contextmanager
+def _subject(model: str, options: EvalOptions, tie: bool) -> Iterator[Local | Server]:
+    if is_url(model):
+        yield Server(model, options)
+        return
+    with model_folder(model, tie=tie) as (folder, *_):
+        yield Local(folder, options)
+
+
+def _identities(models: dict[str, str]) -> dict[str, str]:
+    """What tells two versions of a model apart without reading its weights."""
+    found = {}
+    for side, model in models.items():
+        path = Path(model)
+        if Artifact.is_at(path):
+            found[side] = artifact.sha256(path / artifact.MANIFEST)
+        else:
+            files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+            stats = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+            found[side] = "\n".join([model, *stats])
+    return found
+
+
+@contextmanager
+def _partial(output: str | Path | None, identity: dict[str, Any], *, force: bool) -> Iterator[Path]:
+    """A folder for what is not finished: beside the output, where the same run finds it again, or a temporary one."""
+    if output is None:
+        with tempfile.TemporaryDirectory(prefix="flabc-") as temporary:
+            yield Path(temporary)
+        return
+    folder = Path(f"{Path(output).absolute()}.partial")
+    known, content = folder / "run.json", json.dumps(identity, indent=1)
+    if known.is_file() and known.read_text(encoding="utf-8") == content and not force:
+        note(f"going on with {folder}")
+    elif folder.exists() and not force:
+        raise UsageError(
+            f"{folder} holds an unfinished run with other models or options.",
+            fix="Give another -o, or --force to begin anew.",
+        )
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        known.write_text(content, encoding="utf-8")
+    yield folder
+    shutil.rmtree(folder)
 
 
 def _prompts(corpus: str, workload: Workload) -> list[str]:

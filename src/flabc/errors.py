@@ -10,7 +10,8 @@
     ├── StageError             a compression stage that cannot do what it was asked
     ├── ArtifactError          a folder that is not what it claims to be
     ├── ParityError            an engine whose answers differ from the reference
-    └── EngineError            an engine that cannot be opened or run
+    ├── EngineError            an engine that cannot be opened or run
+    └── SandboxError           model-written code that cannot be run safely
 
 A message says what was expected, what was found, and what to do, in one paragraph.
 """
@@ -91,6 +92,10 @@ class ParityError(FlabcError):
 
 class EngineError(FlabcError):
     """An engine that cannot be opened or run."""
+
+
+class SandboxError(FlabcError):
+    """Walls around model-written code that cannot be built."""
 
 
 def require(module: str, extra: str) -> ModuleType:

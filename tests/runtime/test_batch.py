@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -32,7 +30,7 @@ def test_each_is_answered_as_alone(session: Session) -> None:
         )
         for n in range(len(prompts))
     ]
-    alone = [[*generate_batch(session, [prompt], [param])][0][1] for prompt, param in zip(prompts, params, strict=True)]
+    alone = [next(generate_batch(session, [prompt], [param]))[1] for prompt, param in zip(prompts, params, strict=True)]
     together = dict(generate_batch(session, prompts, params))
     assert [together[n] for n in range(len(prompts))] == alone
     for prompt, param, answer in zip(prompts, params, alone, strict=True):

@@ -1,0 +1,91 @@
+"""How far a model's distributions are from the dense model's, on the same tokens.
+
+A pruned vocabulary is part of the dense one. So the text is cut into the pruned model's tokens, both models read
+these, and both distributions are compared over the tokens that both have, renormalised; the probability that the dense
+model put elsewhere is reported beside it. Letters: S positions, V tokens that both have.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from flabc.errors import EngineError
+from flabc.runtime.backend import Logits
+from flabc.runtime.session import Session
+from flabc.runtime.text import TextCodec
+
+from .perplexity import prefixed, window_of, windows
+
+#: Positions compared at once: the dense logits of a large vocabulary take 600 KB each.
+_POSITIONS = 128
+
+Index = npt.NDArray[np.int64]
+
+
+class Divergence:
+    """KL(dense || subject), for many texts.
+
+    Raises:
+        EngineError: if the subject has a token that the dense model has not.
+    """
+
+    def __init__(self, dense: Session, subject: Session) -> None:
+        self._dense, self._subject = dense, subject
+        self._ours, self._theirs = shared_ids(subject.codec, dense.codec)
+        self._map = np.full(int(self._ours.max()) + 1, -1, np.int64)
+        self._map[self._ours] = self._theirs
+
+    def measure(self, text: str) -> dict[str, float]:
+        """Sums over all positions of a text.
+
+        Returns:
+            ``kl_nats``; ``outside``, the dense model's probability of tokens that the subject lacks; ``agree``, how
+            often both find the same token the most likely; ``positions``.
+        """
+        ids = np.array(prefixed(self._subject.codec, text), np.int64)
+        sums = {"kl_nats": 0.0, "outside": 0.0, "agree": 0.0, "positions": 0.0}
+        window, stride = min(window_of(self._dense.backend), window_of(self._subject.backend))
+        for span, new in windows(len(ids), window, stride):
+            part = ids[span][None]  # (1, S)
+            found = self._subject.backend.score(part)[0, -new - 1 : -1]
+            expected = self._dense.backend.score(self._map[part])[0, -new - 1 : -1]
+            for at in range(0, new, _POSITIONS):
+                piece = slice(at, at + _POSITIONS)
+                self._add(sums, expected[piece], found[piece])
+        return sums
+
+    def _add(self, sums: dict[str, float], expected: Logits, found: Logits) -> None:
+        """Add logits (S, all of a side's tokens) of the same positions."""
+        whole = _log_sum(expected)
+        p, q = expected[:, self._theirs], found[:, self._ours]
+        inside = _log_sum(p)
+        p, q = p - inside[:, None], q - _log_sum(q)[:, None]
+        sums["kl_nats"] += float((np.exp(p) * (p - q)).sum(dtype=np.float64))
+        sums["outside"] += float((1 - np.exp(inside - whole)).sum(dtype=np.float64))
+        sums["agree"] += float((p.argmax(-1) == q.argmax(-1)).sum())
+        sums["positions"] += len(expected)
+
+
+def shared_ids(subject: TextCodec, dense: TextCodec) -> tuple[Index, Index]:
+    """The subject's token ids, and the dense model's ids of the same tokens.
+
+    Raises:
+        EngineError: if the subject has a token that the dense model has not.
+    """
+    ours, theirs = subject.tokenizer.get_vocab(), dense.tokenizer.get_vocab()
+    strange = [token for token in ours if token not in theirs]
+    if strange:
+        raise EngineError(
+            "KL compares a model with the one that it was made from.",
+            expected="a vocabulary that is part of the dense model's",
+            found=f"{len(strange)} other tokens, such as {strange[0]!r}",
+        )
+    return np.array(list(ours.values()), np.int64), np.array([theirs[token] for token in ours], np.int64)
+
+
+def _log_sum(logits: Logits) -> Logits:
+    """Log sum exp over tokens, (S, V) in, (S,) out."""
+    peak = logits.max(-1)
+    total: Logits = peak + np.log(np.exp(logits - peak[:, None]).sum(-1))
+    return total

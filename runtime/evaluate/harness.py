@@ -1,0 +1,191 @@
+"""lm-evaluation-harness over our engines: its tasks, its prompts, its metrics; only the model is ours.
+
+A folder is run in this process. A server is asked by the harness's own client, which needs the model's tokenizer for
+tasks that compare likelihoods.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from flabc.console import progress
+from flabc.errors import EngineError, UsageError, require
+from flabc.runtime.batch import generate_batch
+from flabc.runtime.sampling import SamplingParams
+from flabc.runtime.session import Session
+
+from .perplexity import score_text, token_nll
+from .record import Record
+from .subject import Local, Server
+from .task import EvalOptions
+
+#: Tokens, padding included, that are scored at once: their logits over a large vocabulary take 600 MB.
+SCORED_TOKENS = 1024
+
+#: A request, the tokens of its context, and those of its continuation.
+_Pair = tuple[Any, list[int], list[int]]
+
+
+def run(subject: Local | Server, options: EvalOptions) -> list[Record]:
+    """Run the harness's tasks named in ``options.choices``.
+
+    ``options.data`` is a folder with further task definitions.
+
+    Raises:
+        MissingExtraError: if lm-eval is not installed.
+        UsageError: if no task is named, or the harness does not know one.
+    """
+    if not options.choices:
+        raise UsageError("No task of lm-evaluation-harness is named.", fix="Say --task lm-eval:arc_easy,boolq")
+    evaluator: Any = require("lm_eval.evaluator", "harness")
+    tasks: Any = require("lm_eval.tasks", "harness")
+    manager = tasks.TaskManager(include_path=None if options.data is None else str(options.data.absolute()))
+    unknown = [name for name in options.choices if name not in manager.all_tasks]
+    if unknown:
+        raise UsageError(f"lm-evaluation-harness has no task {unknown[0]!r}.", fix="Give --data FOLDER for your own.")
+    found = evaluator.simple_evaluate(
+        **_model(subject, options),
+        tasks=list(options.choices),
+        limit=options.limit,
+        task_manager=manager,
+        apply_chat_template=options.chat,
+        log_samples=True,
+        bootstrap_iters=0,
+        random_seed=options.seed,
+        numpy_random_seed=options.seed,
+        torch_random_seed=options.seed,
+        fewshot_random_seed=options.seed,
+        confirm_run_unsafe_code=False,
+    )
+    return list(_records(found["samples"]))
+
+
+def _model(subject: Local | Server, options: EvalOptions) -> dict[str, Any]:
+    """How ``simple_evaluate`` is told which model to ask."""
+    if isinstance(subject, Local):
+        return {"model": language_model(subject.session)}
+    arguments: dict[str, Any] = {"model": subject.model, "base_url": f"{subject.url}/completions"}
+    arguments["num_concurrent"] = options.batch
+    if options.tokenizer is None:
+        arguments |= {"tokenizer_backend": "None", "tokenized_requests": False}
+    else:
+        arguments |= {"tokenizer_backend": "huggingface", "tokenizer": str(options.tokenizer)}
+    return {"model": "local-completions", "model_args": arguments}
+
+
+def _records(samples: dict[str, list[dict[str, Any]]]) -> Iterator[Record]:
+    """One record per document and metric that is one number."""
+    for task, rows in samples.items():
+        for row in rows:
+            suffix = "" if row["filter"] == "none" else f" ({row['filter']})"
+            for metric in row["metrics"]:
+                value = row[metric]
+                if isinstance(value, (bool, int, float)) and math.isfinite(value):
+                    kind = f"{task} {metric}{suffix}"
+                    yield Record(
+                        task_id=f"{kind}/{row['doc_id']}", unit=str(row["doc_id"]), kind=kind, score=float(value)
+                    )
+
+
+def language_model(session: Session) -> Any:
+    """A session as the harness's ``LM``.
+
+    Raises:
+        MissingExtraError: if lm-eval is not installed.
+    """
+    base: Any = require("lm_eval.api.model", "harness").TemplateLM
+
+    class SessionLM(base):  # type: ignore[misc]
+        """The harness's requests, answered by a session; tokens and windows are the session's own."""
+
+        @property
+        def eot_token_id(self) -> int:
+            """What a text without context is conditioned on."""
+            if session.codec.prefix_id is None:
+                raise EngineError("The model has no end-of-sequence token, which lm-evaluation-harness needs.")
+            return session.codec.prefix_id
+
+        @property
+        def prefix_token_id(self) -> int:
+            """The same: beginning of sequence where there is one."""
+            return self.eot_token_id
+
+        @property
+        def tokenizer_name(self) -> str:
+            """Part of the key of the harness's cache."""
+            return "flabc"
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            """Token ids of a text."""
+            encode = session.codec.encode_plain if add_special_tokens is False else session.codec.encode
+            return encode(string)
+
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            """The prompt of a conversation."""
+            return session.codec.render(chat_history, add_generation_prompt=add_generation_prompt)
+
+        def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+            """Log-likelihood of whole texts, in nats."""
+            return [-score_text(session.backend, session.codec, request.args[0])[0] for request in requests]
+
+        def _loglikelihood_tokens(self, requests: Sequence[_Pair], **_: Any) -> list[tuple[float, bool]]:
+            return _likelihoods(session, requests)
+
+        def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+            """Texts up to a stop text."""
+            return _generate(session, requests)
+
+    return SessionLM()
+
+
+def _likelihoods(session: Session, requests: Sequence[_Pair]) -> list[tuple[float, bool]]:
+    """(log-likelihood in nats of the continuation, whether it is the greedy one) of each request."""
+    longest = min(session.backend.limits.max_length, session.spec.max_position_embeddings)
+    # The last token is never read; what does not fit is cut off in front.
+    rows = [([*context, *continuation][-longest - 1 :], len(continuation)) for _, context, continuation in requests]
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
+    answers: dict[int, tuple[float, bool]] = {}
+    with progress("lm-evaluation-harness: scoring", len(rows)) as advance:
+        while order:
+            taken = [order.pop()]
+            width = len(rows[taken[0]][0])
+            while order and width * (len(taken) + 1) <= SCORED_TOKENS:
+                taken.append(order.pop())
+            ids = np.zeros((len(taken), width), np.int64)  # padded behind, where a causal model does not look
+            for place, index in enumerate(taken):
+                ids[place, : len(rows[index][0])] = rows[index][0]
+            logits = session.backend.score(ids[:, :-1])  # (B, S - 1, V)
+            for place, index in enumerate(taken):
+                tokens, new = rows[index]
+                piece, target = logits[place, : len(tokens) - 1], ids[place, : len(tokens)]
+                nll = token_nll(np.concatenate([piece, piece[-1:]]), target)[-new:]
+                greedy = bool((piece[-new:].argmax(-1) == target[-new:]).all())
+                answers[index] = (-float(nll.sum()), greedy)
+            advance(len(taken))
+    return [answers[index] for index in range(len(rows))]
+
+
+def _generate(session: Session, requests: Sequence[Any]) -> list[str]:
+    prompts: list[list[int]] = []
+    params: list[SamplingParams] = []
+    for request in requests:
+        context, wanted = request.args
+        until = wanted.get("until") or []
+        sampled = bool(wanted.get("do_sample", False))
+        params.append(
+            SamplingParams(
+                max_tokens=int(wanted.get("max_gen_toks", wanted.get("max_new_tokens", 256))),
+                temperature=float(wanted.get("temperature") or 1.0) if sampled else 0.0,
+                top_p=float(wanted.get("top_p", 1.0)),
+                stop=tuple([until] if isinstance(until, str) else until),
+                seed=len(prompts),
+            )
+        )
+        room = session.backend.limits.max_length - params[-1].max_tokens
+        prompts.append(session.encode(context)[-max(1, room) :])
+    answers = dict(generate_batch(session, prompts, params))
+    return [answers[index].text for index in range(len(prompts))]

@@ -1,0 +1,1 @@
+"""One file per task that generates; ``flabc.runtime.evaluate.task.TASKS`` lists them."""

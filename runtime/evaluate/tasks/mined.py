@@ -1,0 +1,49 @@
+"""Mined tasks: functions of real code with executable tests, one JSON object per line.
+
+Fields: ``task_id``, ``prompt`` (signature and docstring), ``solution``, ``test`` (code that runs behind them and fails
+by raising), ``split`` (train, dev or test).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from flabc.errors import CorpusError, UnknownNameError
+from flabc.runtime.evaluate.problem import Problem, Program
+from flabc.runtime.evaluate.source import field, read_jsonl
+
+from .humaneval import STOP, instruction
+
+#: The sides that a model may be measured on; nothing is ever measured on ``train``.
+SPLITS = ("dev", "test")
+
+
+def problems(source: Path | None, choices: Sequence[str] = ()) -> list[Problem]:
+    """The tasks of the splits chosen, by default ``test``.
+
+    Raises:
+        CorpusError: if no file is given, or it has no task of these splits.
+        UnknownNameError: if a split is neither dev nor test.
+    """
+    if source is None:
+        raise CorpusError("The task mined needs its file.", fix="Give --data tasks.jsonl.")
+    wanted = tuple(choices) or ("test",)
+    for name in wanted:
+        if name not in SPLITS:
+            raise UnknownNameError("split", name, SPLITS)
+    found = [
+        Problem(
+            task_id=str(field(row, "task_id")),
+            prompt=field(row, "prompt"),
+            instruction=instruction(field(row, "prompt")),
+            stop=STOP,
+            grading=Program(field(row, "prompt"), field(row, "test"), context=field(row, "prompt")),
+            kind=field(row, "split"),
+        )
+        for row in read_jsonl(source)
+        if field(row, "split") in wanted
+    ]
+    if not found:
+        raise CorpusError(f"{source} has no task of the split {' or '.join(wanted)}.")
+    return found

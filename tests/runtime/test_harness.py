@@ -1,0 +1,111 @@
+"""lm-evaluation-harness over an engine, against the harness over transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flabc import api
+from flabc.errors import UsageError
+from flabc.runtime.evaluate.task import EvalOptions
+
+pytestmark = pytest.mark.filterwarnings("default")  # what others warn of is theirs
+
+QUESTIONS = [
+    {"question": "def add(a, b): return a", "choices": [" + b", " - b", " * b"], "gold": 0},
+    {"question": "class Point", "choices": [":", "(object):", " = 3"], "gold": 1},
+    {"question": "for i in", "choices": [" range(3):", " of"], "gold": 0},
+    {"question": "import", "choices": [" os", " the"], "gold": 0},
+]
+
+CHOICE = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{gold}}}}"
+target_delimiter: ""
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+"""
+
+GENERATE = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{choices[0]}}}}"
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 6, do_sample: false}}
+metric_list:
+  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with two small tasks; the harness may reach no hub."""
+    for name in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    file = folder / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    (folder / "choice.yaml").write_text(CHOICE.format(name="flabc_choice", file=file))
+    (folder / "generate.yaml").write_text(GENERATE.format(name="flabc_generate", file=file))
+    return folder
+
+
+def test_likelihoods_and_texts_are_those_of_the_harness_over_transformers(
+    tiny_engine: Path, tiny_checkpoint: Path, tasks: Path
+) -> None:
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from flabc.runtime.evaluate.harness import language_model
+    from flabc.runtime.session import Session
+
+    def samples(model: Any, **arguments: Any) -> dict[str, Any]:
+        manager = TaskManager(include_path=str(tasks))
+        names = ["flabc_choice", "flabc_generate"]
+        found = simple_evaluate(model, tasks=names, task_manager=manager, bootstrap_iters=0, **arguments)
+        return dict(found["samples"])
+
+    ours = samples(language_model(Session.open(tiny_engine)))
+    theirs = samples("hf", model_args={"pretrained": str(tiny_checkpoint), "dtype": "float32", "device": "cpu"})
+    for mine, other in zip(ours["flabc_choice"], theirs["flabc_choice"], strict=True):
+        for a, b in zip(mine["filtered_resps"], other["filtered_resps"], strict=True):
+            assert a[0] == pytest.approx(b[0], abs=2e-3)
+            assert a[1] == b[1]
+        assert (mine["acc"], mine["acc_norm"]) == (other["acc"], other["acc_norm"])
+    mine, other = (
+        # Half a character at the end is left out here, and a replacement character there.
+        [row["filtered_resps"][0].rstrip("\ufffd") for row in side["flabc_generate"]]
+        for side in (ours, theirs)
+    )
+    assert mine == other
+
+
+def test_the_table_has_a_row_per_metric_and_pairs_the_sides(
+    tiny_engine: Path, tiny_dense_engine: Path, tasks: Path
+) -> None:
+    options = EvalOptions(task="lm-eval:flabc_choice", data=tasks)
+    result = api.evaluate(tiny_engine, options, baseline=tiny_dense_engine)
+    assert [row.metric for row in result.rows] == ["flabc_choice acc", "flabc_choice acc_norm"]
+    assert all(row.target.n == len(QUESTIONS) and row.test == "exact McNemar" for row in result.rows)
+
+
+def test_a_task_that_it_does_not_know_is_named(tiny_engine: Path) -> None:
+    with pytest.raises(UsageError, match="no task 'arc_eazy'"):
+        api.evaluate(tiny_engine, EvalOptions(task="lm-eval:arc_eazy"))
+    with pytest.raises(UsageError, match="--task lm-eval:"):
+        api.evaluate(tiny_engine, EvalOptions(task="lm-eval"))
