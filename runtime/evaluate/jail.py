@@ -177,10 +177,19 @@ def execute(program: str) -> str:
         exec(program, {})
     except BaseException as error:  # whatever ends a program early, it did not pass
         try:
-            return f"{type(error).__name__}: {error}"
+            return f"{type(error).__name__}: {str(error) or failed_line(program, error)}".rstrip(": ")
         except BaseException:
             return type(error).__name__
     return ""
+
+
+def failed_line(program: str, error: BaseException) -> str:
+    """The innermost line of the program that was running: an assertion seldom says more than that it failed."""
+    line, trace = 0, error.__traceback__
+    while trace:
+        line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == "<string>" else line
+        trace = trace.tb_next
+    return program.splitlines()[line - 1].strip() if line else ""
 
 
 def work(job: dict[str, Any], report: int) -> NoReturn:

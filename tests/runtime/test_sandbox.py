@@ -51,6 +51,7 @@ def test_what_reaches_its_end_passes(level: Level) -> None:
     ("program", "detail"),
     [
         ("assert 1 == 2, 'unequal'", "AssertionError: unequal"),
+        ("def f():\n    assert 1 == 2\n\nf()", "AssertionError: assert 1 == 2"),
         ("def f(:", "SyntaxError"),
         ("import sys; sys.exit(0)", "SystemExit: 0"),
         ("import os; os._exit(0)", "without a verdict: exit code 0"),

@@ -1,0 +1,5 @@
+"""``python -m flabc``: the command line."""
+
+from flabc.cli import main
+
+main()
