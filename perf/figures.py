@@ -24,8 +24,9 @@ TASKS = {
     "output-prediction": [],
 }
 
-#: The dense engine against torch on the same weights: what exporting alone costs.
-PARITY = "torch"
+#: Speed; and the dense engine against torch on the same weights, which is what exporting alone costs.
+BENCH, PARITY = "bench", "torch"
+WHAT = (BENCH, *TASKS, PARITY)
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="flab-22")
     parser.add_argument("--work", type=Path, default=Path("build/figures"), help="where folders are made")
     parser.add_argument("--tie", action="store_true", help="as for `flabc compress`")
-    parser.add_argument("--skip", nargs="*", default=[], metavar="WHAT", help=f"bench, {', '.join(TASKS)}, {PARITY}")
+    parser.add_argument("--only", nargs="+", default=WHAT, choices=WHAT, metavar="WHAT", help=", ".join(WHAT))
     asked = parser.parse_args()
     name = asked.name or asked.model
     work = asked.work / f"{name}-{asked.recipe}"
@@ -44,18 +45,19 @@ def main() -> None:
     model = named(work, asked.model)
     tie = ["--tie"] * asked.tie
 
-    make(work, "pruned", ["compress", model, "--recipe", asked.recipe, *tie])
-    make(work, "engine", ["export", "pruned"])
-    make(work, "dense-engine", ["export", model, *tie])
     measured = {}
-    if "bench" not in asked.skip:
-        make(work, "bench", ["bench", "engine", "--baseline", "dense-engine", "--rounds", "10"])
-        measured[f"{name}-{asked.recipe}.json"] = work / "bench" / "bench.json"
+    make(work, "dense-engine", ["export", model, *tie])
+    if set(asked.only) - {PARITY}:
+        make(work, "pruned", ["compress", model, "--recipe", asked.recipe, *tie])
+        make(work, "engine", ["export", "pruned"])
+    if BENCH in asked.only:
+        make(work, BENCH, ["bench", "engine", "--baseline", "dense-engine", "--rounds", "10"])
+        measured[f"{name}-{asked.recipe}.json"] = work / BENCH / "bench.json"
     for task, more in TASKS.items():
-        if task not in asked.skip:
+        if task in asked.only:
             make(work, task, ["eval", "engine", "--baseline", "dense-engine", "--task", task, *more])
             measured[f"{name}-{asked.recipe}.{task}.json"] = work / task / "eval.json"
-    if PARITY not in asked.skip:
+    if PARITY in asked.only:
         humaneval = ["--task", "humaneval", *TASKS["humaneval"], *tie]
         make(work, PARITY, ["eval", "dense-engine", "--baseline", model, *humaneval])
         measured[f"{name}.{PARITY}.json"] = work / PARITY / "eval.json"
