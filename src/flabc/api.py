@@ -6,8 +6,6 @@ is first needed, so that a host that only serves needs only what serving needs.
 
 from __future__ import annotations
 
-import json
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from flabc import artifact
 from flabc.artifact import Artifact, Manifest
-from flabc.console import note, progress
+from flabc.console import progress
 from flabc.errors import ArtifactError, EngineError, FlabcError, ModelError, UsageError, require
 from flabc.recipe import Recipe
 from flabc.recipe import load as load_recipe
@@ -326,7 +324,8 @@ def evaluate(
     if output is not None:
         artifact.check_free(output, force=force)
     models = {"target": str(target)} | ({} if baseline is None else {"baseline": str(baseline)})
-    with _partial(output, {"options": options.identity(), **_identities(models)}, force=force) as folder:
+    identity = {"options": options.identity(), **_identities(models)}
+    with artifact.unfinished(output, identity, force=force) as folder:
         measured = _measure(models, options, folder, tie=tie)
         records = {side: rows for side, (_, rows) in measured.items()}
         result = evaluation.EvalResult(
@@ -540,30 +539,6 @@ def _identities(models: dict[str, str]) -> dict[str, str]:
             stats = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
             found[side] = "\n".join([model, *stats])
     return found
-
-
-@contextmanager
-def _partial(output: str | Path | None, identity: dict[str, Any], *, force: bool) -> Iterator[Path]:
-    """A folder for what is not finished: beside the output, where the same run finds it again, or a temporary one."""
-    if output is None:
-        with tempfile.TemporaryDirectory(prefix="flabc-") as temporary:
-            yield Path(temporary)
-        return
-    folder = Path(f"{Path(output).absolute()}.partial")
-    known, content = folder / "run.json", json.dumps(identity, indent=1)
-    if known.is_file() and known.read_text(encoding="utf-8") == content and not force:
-        note(f"going on with {folder}")
-    elif folder.exists() and not force:
-        raise UsageError(
-            f"{folder} holds an unfinished run with other models or options.",
-            fix="Give another -o, or --force to begin anew.",
-        )
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        known.write_text(content, encoding="utf-8")
-    yield folder
-    shutil.rmtree(folder)
 
 
 def _prompts(corpus: str, workload: Workload) -> list[str]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.metadata
+import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -21,7 +23,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from flabc.errors import ArtifactError
+from flabc.console import note
+from flabc.errors import ArtifactError, UsageError
 from flabc.spec import ModelSpec
 
 MANIFEST = "flabc.json"
@@ -122,6 +125,41 @@ class Draft:
             files=files,
         )
         (self.path / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def unfinished(out: Path | str | None, identity: Mapping[str, Any], *, force: bool = False) -> Iterator[Path]:
+    """Yield a folder for what is not finished, ``OUT.partial``, in which the same run finds again what it had done.
+
+    It is removed when the block ends well. Without ``out`` it is a temporary one.
+
+    Args:
+        out: the folder that will be made of it.
+        identity: what the content depends on, as JSON; a run with another identity may not go on with it.
+        force: begin anew.
+
+    Raises:
+        UsageError: if a run with another identity was cut off there.
+    """
+    if out is None:
+        with tempfile.TemporaryDirectory(prefix="flabc-") as temporary:
+            yield Path(temporary)
+        return
+    folder = Path(f"{Path(out).absolute()}.partial")
+    known, content = folder / "run.json", json.dumps(identity, indent=1)
+    if known.is_file() and known.read_text(encoding="utf-8") == content and not force:
+        note(f"going on with {folder}")
+    elif folder.exists() and not force:
+        raise UsageError(
+            f"{folder} holds an unfinished run with other models or options.",
+            fix="Give another -o, or --force to begin anew.",
+        )
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        known.write_text(content, encoding="utf-8")
+    yield folder
+    shutil.rmtree(folder)
 
 
 @contextmanager
