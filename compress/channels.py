@@ -109,14 +109,16 @@ def listen(model: CausalLM, context: Context) -> dict[int, Heard]:
         name = model.inner_name("down", layer).removesuffix(".weight")
         width = model.spec.layers[layer].intermediate_size
         gram = torch.zeros(width, width, device=context.device)
+        total = torch.zeros(width, device=context.device)
         count = 0
 
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             nonlocal count
-            x = inputs[0].reshape(-1, width)  # (tokens, F)
-            gram.add_(x.float().T @ x.float())  # a low-precision product would round the sums
+            x = inputs[0].reshape(-1, width).float()  # (tokens, F); a low-precision product would round the sums
+            gram.add_(x.T @ x)
+            total.add_(x.sum(0))
             count += len(x)
-            heard[layer] = Heard(model.tensor("down", layer).to(context.device).float(), gram, count)
+            heard[layer] = Heard(model.tensor("down", layer).to(context.device).float(), gram, total, count)
 
         return module.get_submodule(name).register_forward_pre_hook(hook)
 

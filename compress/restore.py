@@ -139,10 +139,15 @@ def refit(weight: Tensor, gram: Tensor, keep: Tensor, damping: float = DAMPING) 
     return (weight[:, keep] + change.T).float()
 
 
-def _solve(gram: Tensor, right: Tensor, damping: float) -> Tensor:
-    """(G + λI)⁻¹ R with λ as a share of G's mean diagonal; G symmetric, float64."""
+def damped(gram: Tensor, damping: float = DAMPING) -> Tensor:
+    """G + λI with λ as a share of G's mean diagonal."""
     ridge = damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.cholesky_solve(right, torch.linalg.cholesky(gram + ridge))
+    return gram + ridge
+
+
+def _solve(gram: Tensor, right: Tensor, damping: float) -> Tensor:
+    """(G + λI)⁻¹ R; G symmetric, float64."""
+    return torch.cholesky_solve(right, torch.linalg.cholesky(damped(gram, damping)))
 
 
 def _through(walk: Walk, index: int, hidden: Tensor, positions: Mapping[str, object]) -> tuple[Tensor, Tensor | None]:

@@ -21,11 +21,13 @@ class Heard:
     Args:
         down: the projection's weight, (D, F), float32.
         gram: the inputs' Gram matrix, the sum over tokens of x xᵀ, (F, F), float32.
+        total: the sum of the inputs over tokens, (F,), float32.
         tokens: how many tokens were heard.
     """
 
     down: Tensor
     gram: Tensor
+    total: Tensor
     tokens: int
 
     @property
@@ -50,8 +52,39 @@ def wanda(heard: Heard) -> Tensor:
     return heard.mean_square.sqrt() * magnitude(heard)
 
 
+def wifv(heard: Heard) -> Tensor:
+    """Variance of the channel's activations times its squared weight norm, (F,): FLAP (An et al., 2023).
+
+    A channel that hardly varies can be replaced by its mean, whatever that is.
+    """
+    spread = heard.gram.diagonal() - heard.total.square() / heard.tokens
+    return spread.clamp(min=0) / max(1, heard.tokens - 1) * magnitude(heard).square()
+
+
+def obs(heard: Heard) -> Tensor:
+    """Output error that is left when the channel goes and all others are refitted, (F,), per token.
+
+    Optimal Brain Surgeon (Hassibi and Stork, 1992) for a whole channel: ||w_j||² / [H⁻¹]_jj, with H the damped Gram
+    matrix. Unlike the other scores it knows which channels say the same.
+    """
+    import torch
+
+    from .restore import damped
+
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(heard.gram.double())))
+    return magnitude(heard).square() / inverse.diagonal().float() / heard.tokens
+
+
+def first_n(heard: Heard) -> Tensor:
+    """The channel's place, the first one highest, (F,): what Flab-Pruner's published code keeps. For comparison."""
+    return heard.down.new_tensor(range(heard.down.shape[1], 0, -1))
+
+
 SCORES: dict[str, Callable[[Heard], Tensor]] = {
     "activation": activation,
+    "first_n": first_n,
     "magnitude": magnitude,
+    "obs": obs,
     "wanda": wanda,
+    "wifv": wifv,
 }
