@@ -32,7 +32,7 @@ lint: $(VENV)/all.stamp  ## Check style, types and the direction of imports
 	$(BIN)/lint-imports
 
 results: $(VENV)/all.stamp  ## Measure what the README's tables show (an hour), and write them
-	$(BIN)/python perf/figures.py smollm2-135m
+	$(BIN)/python perf/figures.py smollm2-135m --chat
 	$(BIN)/python docs/generate.py
 
 docs: $(VENV)/all.stamp  ## Write docs/cli.md and the JSON schemas anew

@@ -1,6 +1,6 @@
 """Measures everything that the README's tables show, by the commands that a reader would type.
 
-    python perf/figures.py smollm2-135m
+    python perf/figures.py smollm2-135m --chat
     python perf/figures.py qwen2.5-coder-0.5b.gguf --name qwen2.5-coder-0.5b --tie
 
 What is there already in the work folder is not made again. ``make docs`` then writes the tables.
@@ -24,6 +24,9 @@ TASKS = {
     "output-prediction": [],
 }
 
+#: Tasks that can be asked in a chat template.
+ASKED = ("humaneval", "output-prediction")
+
 #: Speed; and the dense engine against torch on the same weights, which is what exporting alone costs.
 BENCH, PARITY = "bench", "torch"
 WHAT = (BENCH, *TASKS, PARITY)
@@ -37,6 +40,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="flab-22")
     parser.add_argument("--work", type=Path, default=Path("build/figures"), help="where folders are made")
     parser.add_argument("--tie", action="store_true", help="as for `flabc compress`")
+    parser.add_argument("--chat", action="store_true", help="ask HumanEval's questions in the chat template")
     parser.add_argument("--only", nargs="+", default=WHAT, choices=WHAT, metavar="WHAT", help=", ".join(WHAT))
     asked = parser.parse_args()
     name = asked.name or asked.model
@@ -45,6 +49,7 @@ def main() -> None:
     model = named(work, asked.model)
     tie = ["--tie"] * asked.tie
 
+    chat = ["--chat"] * asked.chat
     measured = {}
     make(work, "dense-engine", ["export", model, *tie])
     if set(asked.only) - {PARITY}:
@@ -55,10 +60,23 @@ def main() -> None:
         measured[f"{name}-{asked.recipe}.json"] = work / BENCH / "bench.json"
     for task, more in TASKS.items():
         if task in asked.only:
-            make(work, task, ["eval", "engine", "--baseline", "dense-engine", "--task", task, *more])
+            make(
+                work,
+                task,
+                [
+                    "eval",
+                    "engine",
+                    "--baseline",
+                    "dense-engine",
+                    "--task",
+                    task,
+                    *more,
+                    *(chat if task in ASKED else []),
+                ],
+            )
             measured[f"{name}-{asked.recipe}.{task}.json"] = work / task / "eval.json"
     if PARITY in asked.only:
-        humaneval = ["--task", "humaneval", *TASKS["humaneval"], *tie]
+        humaneval = ["--task", "humaneval", *TASKS["humaneval"], *tie, *chat]
         make(work, PARITY, ["eval", "dense-engine", "--baseline", model, *humaneval])
         measured[f"{name}.{PARITY}.json"] = work / PARITY / "eval.json"
     for file, source in measured.items():

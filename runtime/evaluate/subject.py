@@ -15,7 +15,7 @@ from flabc.runtime.backend import Limits
 from flabc.runtime.batch import generate_batch
 from flabc.runtime.sampling import SamplingParams
 from flabc.runtime.session import Session
-from flabc.runtime.text import Message
+from flabc.runtime.text import Message, TextCodec
 
 from .task import EvalOptions
 
@@ -49,10 +49,21 @@ class Subject(Protocol):
 
 
 class Local:
-    """A model folder in this process."""
+    """A model folder in this process.
 
-    def __init__(self, folder: Path, options: EvalOptions) -> None:
-        limits = Limits(options.batch, MAX_LENGTH, threads=options.threads, dtype=options.dtype)
+    Args:
+        folder: what ``Session.open`` takes.
+        options: batch, threads and dtype.
+        prompts: what will be asked, if it is known: the cache is then no larger than that needs.
+    """
+
+    def __init__(self, folder: Path, options: EvalOptions, prompts: Sequence[Prompt] = ()) -> None:
+        length = MAX_LENGTH
+        if prompts:
+            codec = TextCodec(folder)
+            longest = max(len(codec.encode(p if isinstance(p, str) else codec.render(p))) for p in prompts)
+            length = min(MAX_LENGTH, longest + options.max_tokens)
+        limits = Limits(options.batch, length, threads=options.threads, dtype=options.dtype)
         self.session = Session.open(folder, limits=limits)
 
     def answers(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> Iterator[tuple[int, Said]]:
@@ -134,13 +145,3 @@ class Server:
 def is_url(target: str) -> bool:
     """Whether a target is a server."""
     return target.startswith(("http://", "https://"))
-
-
-def open_subject(target: str | Path, options: EvalOptions) -> Local | Server:
-    """Open a folder, or find a server.
-
-    Raises:
-        EngineError: if it cannot be opened or does not answer.
-        MissingExtraError: if a package that it needs is not installed.
-    """
-    return Server(str(target), options) if is_url(str(target)) else Local(Path(target), options)

@@ -25,8 +25,8 @@ from flabc.recipe import load as load_recipe
 from flabc.runtime.doctor import Finding, examine
 from flabc.runtime.evaluate.record import Record
 from flabc.runtime.evaluate.sandbox import isolation
-from flabc.runtime.evaluate.subject import Local, Server, is_url
-from flabc.runtime.evaluate.task import HARNESS, KL, PERPLEXITY, EvalOptions, problems
+from flabc.runtime.evaluate.subject import Local, Prompt, Server, is_url
+from flabc.runtime.evaluate.task import HARNESS, KL, PERPLEXITY, TASKS, EvalOptions, problems
 from flabc.runtime.evaluate.task import check as check_task
 from flabc.runtime.measure.environment import environment
 from flabc.runtime.measure.result import BenchResult, Workload
@@ -481,8 +481,8 @@ def heldout_texts(corpus: str, limit: int | None = None) -> dict[str, str]:
 def _measure(
     models: dict[str, str], options: EvalOptions, folder: Path, *, tie: bool
 ) -> dict[str, tuple[EvalSide, list[Record]]]:
-    """Every side's records, one model after the other; KL needs both at once."""
-    from flabc.runtime.evaluate import generation, harness, reading
+    """Every side's records, the baseline's first; KL needs both models at once."""
+    from flabc.runtime.evaluate import reading
 
     if options.name == KL:
         texts = heldout_texts(options.corpus, options.limit)
@@ -491,24 +491,29 @@ def _measure(
             return {"target": (_side(models["target"], subject), records)} | {
                 "baseline": (_side(models["baseline"], dense), [])
             }
-    measured = {}
-    for label in sorted(models):  # the baseline first
-        own = folder / label
-        own.mkdir(exist_ok=True)
-        with _subject(models[label], options, tie) as subject:
-            started, tokens = time.monotonic(), None
-            resumed = any(own.iterdir())
-            if options.name == PERPLEXITY:
-                texts = heldout_texts(options.corpus, options.limit)
-                records = reading.read_perplexity(texts, subject, own, label)
-            elif options.name == HARNESS:
-                records = harness.run(subject, options)
-            else:
-                asked = problems(options)
-                records, tokens = generation.run(asked, subject, options, own, label)
-            seconds = None if resumed else time.monotonic() - started
-            measured[label] = (_side(models[label], subject, tokens, seconds), records)
-    return measured
+    return {label: _measure_one(label, models[label], options, folder / label, tie=tie) for label in sorted(models)}
+
+
+def _measure_one(
+    label: str, model: str, options: EvalOptions, folder: Path, *, tie: bool
+) -> tuple[EvalSide, list[Record]]:
+    """One side's records; the model is gone from memory when this returns."""
+    from flabc.runtime.evaluate import generation, harness, reading
+
+    folder.mkdir(exist_ok=True)
+    resumed = any(folder.iterdir())
+    asked = problems(options) if options.name in TASKS else []
+    with _subject(model, options, tie, [generation.prompt_of(problem, options) for problem in asked]) as subject:
+        started, tokens = time.monotonic(), None
+        if options.name == PERPLEXITY:
+            texts = heldout_texts(options.corpus, options.limit)
+            records = reading.read_perplexity(texts, subject, folder, label)
+        elif options.name == HARNESS:
+            records = harness.run(subject, options)
+        else:
+            records, tokens = generation.run(asked, subject, options, folder, label)
+        seconds = None if resumed else time.monotonic() - started
+        return _side(model, subject, tokens, seconds), records
 
 
 def _side(model: str, subject: Local | Server, tokens: int | None = None, seconds: float | None = None) -> EvalSide:
@@ -519,12 +524,12 @@ def _side(model: str, subject: Local | Server, tokens: int | None = None, second
 
 
 @contextmanager
-def _subject(model: str, options: EvalOptions, tie: bool) -> Iterator[Local | Server]:
+def _subject(model: str, options: EvalOptions, tie: bool, prompts: Sequence[Prompt] = ()) -> Iterator[Local | Server]:
     if is_url(model):
         yield Server(model, options)
         return
     with model_folder(model, tie=tie) as (folder, *_):
-        yield Local(folder, options)
+        yield Local(folder, options, prompts)
 
 
 def _identities(models: dict[str, str]) -> dict[str, str]:
