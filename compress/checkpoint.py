@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flabc.families.per_layer import MODELING, modeling_code
 from flabc.spec import ModelSpec
 
 from .model import CausalLM
@@ -18,12 +19,14 @@ _PER_LAYER_KEYS = ("layer_types", "max_window_layers")
 def write(model: CausalLM, folder: Path) -> None:
     """Write config, generation config, tokenizer and weights, in the dtype the model has.
 
-    Raises:
-        ModelError: if the layers differ in shape: a plain config cannot say that.
+    If all layers are equal and whole, the folder is one of the family, which loads anywhere. If not, it carries the
+    module that builds it, which transformers runs if it is told ``trust_remote_code``.
     """
     from huggingface_hub import save_torch_state_dict
 
-    _write_json(folder / "config.json", plain_config(model))
+    _write_json(folder / "config.json", config_of(model))
+    if not model.spec.is_uniform:
+        (folder / MODELING).write_text(modeling_code(model.family), encoding="utf-8")
     if model.generation_config:
         _write_json(folder / "generation_config.json", model.generation_config)
     write_tokenizer(model, folder)
@@ -42,10 +45,10 @@ def write_tokenizer(model: CausalLM, folder: Path) -> None:
         (folder / "chat_template.jinja").write_text(model.tokenizer.chat_template, encoding="utf-8")
 
 
-def plain_config(model: CausalLM) -> dict[str, Any]:
-    """The native config of the model's family for its shapes; ``ModelSpec.from_config`` reads the same spec back."""
+def config_of(model: CausalLM) -> dict[str, Any]:
+    """The config of the model's shapes; ``ModelSpec.from_config`` reads the same spec back."""
     config = {key: value for key, value in model.config.items() if key not in _PER_LAYER_KEYS}
-    config |= model.spec.config_fields() | {"architectures": [model.family.architecture]}
+    config |= {"architectures": [model.family.architecture]} | model.spec.config_fields()
     assert ModelSpec.from_config(config) == model.spec
     return config
 

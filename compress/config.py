@@ -64,11 +64,16 @@ class VocabConfig(Config):
 
 
 class LayersConfig(Config):
-    """Remove whole layers one after another, each time the one whose absence costs least."""
+    """Remove layers or sub-blocks one after another, each time the one whose absence costs least."""
 
     stage: Literal["layers"] = "layers"
-    fraction: float | None = Field(None, gt=0, lt=1, description="Share of the layers to remove.")
-    count: int | None = Field(None, gt=0, description="Number of layers to remove.")
+    parts: Literal["layers", "attention", "ffn", "sub_blocks"] = Field(
+        "layers",
+        description="What is removed: whole layers, their attention, their FFN, or either. A model that lost "
+        "sub-blocks loads in transformers with trust_remote_code, by a small module in its folder.",
+    )
+    fraction: float | None = Field(None, gt=0, lt=1, description="Share of these parts to remove.")
+    count: int | None = Field(None, gt=0, description="Number of these parts to remove.")
     criterion: Annotated[str, *known("criterion", CRITERIA)] = Field("kl", description="What absence costs.")
     sequences: int = Field(8, gt=0, description="Sequences to compare on: ranking layers needs fewer than statistics.")
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from flabc.artifact import SourceRecord, sha256
 from flabc.console import progress
 from flabc.errors import ModelError, UnknownNameError
+from flabc.families.per_layer import plain_view
 from flabc.spec import ModelSpec
 
 from .model import CausalLM, TokenizerFiles, check_weights
@@ -91,6 +92,7 @@ def load(model: str, *, tie: bool = False) -> CausalLM:
 def _read(location: Location) -> CausalLM:
     config = read_config(location)
     spec = ModelSpec.from_config(config)  # refuses unknown families before any weight is read
+    config = plain_view(config)
     config = {key: value for key, value in config.items() if key not in ("quantization_config", "_name_or_path")}
     weights = _gguf_weights(location, config) if location.file else _safetensors_weights(location.folder)
     if spec.tie_word_embeddings:

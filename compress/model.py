@@ -5,7 +5,7 @@ Letters in shape comments: N sequences, T tokens of each, D hidden_size, V vocab
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flabc.artifact import SourceRecord
 from flabc.errors import ModelError
-from flabc.families import Axis, Family, TensorSlot, family_named
+from flabc.families import Axis, Family, Part, TensorSlot, family_named
 from flabc.spec import LayerSpec, ModelSpec
 
 
@@ -117,6 +117,20 @@ def cut_layers(model: CausalLM, keep: Sequence[int]) -> CausalLM:
     layers = tuple(model.spec.layers[old] for old in keep)
     spec = model.spec.model_copy(update={"layers": layers})
     return replace(model, spec=spec, weights=inner, layer_origin=tuple(model.layer_origin[old] for old in keep))
+
+
+def cut_sub_blocks(model: CausalLM, attention: Collection[int] = (), ffn: Collection[int] = ()) -> CausalLM:
+    """Remove the attention of some layers and the FFN of others, each with the norm before it; the numbers stay."""
+    weights, layers = dict(model.weights), list(model.spec.layers)
+    for layer in attention:
+        layers[layer] = _resized(layers[layer], num_attention_heads=0, num_key_value_heads=0)
+    for layer in ffn:
+        layers[layer] = _resized(layers[layer], intermediate_size=0)
+    for part, gone in ((Part.ATTENTION, attention), (Part.FFN, ffn)):
+        for slot in model.family.layer_tensors:
+            for layer in gone if slot.part is part else ():
+                weights.pop(slot.name.format(layer=layer), None)
+    return replace(model, spec=model.spec.model_copy(update={"layers": tuple(layers)}), weights=weights)
 
 
 def cut_channels(model: CausalLM, keep: Mapping[int, Sequence[int]]) -> CausalLM:

@@ -190,7 +190,7 @@ def _divergence(records: Sequence[Record]) -> Iterator[EvalRow]:
     names = [record.task_id for record in records]
     sizes = _column(records, names, "positions")
     for metric, name, unit, better in (
-        ("KL(baseline || target) per token", "kl_nats", "nats", False),
+        ("KL to the baseline per token", "kl_nats", "nats", False),
         ("same most likely token", "agree", "", True),
         ("baseline's probability of tokens that were cut", "outside", "", False),
     ):

@@ -24,9 +24,6 @@ TASKS = {
     "output-prediction": [],
 }
 
-#: Tasks that can be asked in a chat template.
-ASKED = ("humaneval", "output-prediction")
-
 #: Speed; and the dense engine against torch on the same weights, which is what exporting alone costs.
 BENCH, PARITY = "bench", "torch"
 WHAT = (BENCH, *TASKS, PARITY)
@@ -71,7 +68,7 @@ def main() -> None:
                     "--task",
                     task,
                     *more,
-                    *(chat if task in ASKED else []),
+                    *(chat if task == "humaneval" else []),
                 ],
             )
             measured[f"{name}-{asked.recipe}.{task}.json"] = work / task / "eval.json"

@@ -79,12 +79,16 @@ def test_heads_must_form_groups() -> None:
         LayerSpec(num_attention_heads=5, num_key_value_heads=2, intermediate_size=1)
 
 
-def test_only_uniform_layers_fit_a_plain_config() -> None:
+def test_a_config_says_the_spec_whether_layers_differ_or_not() -> None:
     spec = ModelSpec.from_config(LLAMA)
+    assert "per_layer_config" not in spec.config_fields()
     assert ModelSpec.from_config(LLAMA | spec.config_fields()) == spec
     thin = spec.layers[0].model_copy(update={"intermediate_size": 8})
-    with pytest.raises(ModelError, match="differ in shape"):
-        spec.model_copy(update={"layers": (spec.layers[0], thin)}).config_fields()
+    bare = LayerSpec(num_attention_heads=0, num_key_value_heads=0, intermediate_size=0)
+    uneven = spec.model_copy(update={"layers": (spec.layers[0], thin, bare)})
+    config = LLAMA | uneven.config_fields()
+    assert config["model_type"] == "flabc_llama"
+    assert ModelSpec.from_config(config) == uneven
 
 
 def test_an_unknown_family_is_refused_by_name() -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from flabc.errors import EngineError, UnknownNameError, require
+from flabc.families import family_named
+from flabc.families.per_layer import MODELING, modeling_code
 from flabc.runtime.backend import Ids, Limits, Logits
 from flabc.spec import ModelSpec
 
@@ -52,7 +54,10 @@ class TorchBackend:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(self._torch, limits.dtype), local_files_only=True
+            folder,
+            dtype=getattr(self._torch, limits.dtype),
+            local_files_only=True,
+            trust_remote_code=has_own_module(folder, spec),
         )
         transformers.logging.set_verbosity(verbosity)
         self._model = model.to(device).eval()
@@ -126,6 +131,23 @@ class TorchBackend:
     def _numpy(self, logits: Any) -> Logits:
         array: Logits = logits.float().cpu().numpy()
         return array
+
+
+def has_own_module(folder: Path, spec: ModelSpec) -> bool:
+    """Whether a model is built by a module in its folder, which is run only if flabc would write the same.
+
+    Raises:
+        EngineError: if it is other code.
+    """
+    file = folder / MODELING
+    if not file.is_file():
+        return False
+    if file.read_text(encoding="utf-8") != modeling_code(family_named(spec.family)):
+        raise EngineError(
+            f"{file} is not the module that this version of flabc writes, and is not run.",
+            fix="Make the checkpoint again, or load it in transformers if you trust it.",
+        )
+    return True
 
 
 def _real(ids: Ids, counts: Ids) -> Ids:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flabc.errors import ModelError
 from flabc.families import Axis, Part, TensorSlot, family_named, family_of
+from flabc.families.per_layer import PER_LAYER, per_layer_fields, plain_view
 
 #: Bytes per parameter; block scales of the integer formats (one float16 per 32 weights) are included.
 BYTES_PER_PARAMETER: dict[str, float] = {
@@ -79,14 +80,18 @@ class ModelSpec(BaseModel):
             UnknownNameError: if the family is not known.
             ModelError: if a size is missing or a feature is not supported.
         """
+        differs = config.get(PER_LAYER) or {}
+        config = plain_view(config)
         family = family_of(config)
         try:
             heads = int(config["num_attention_heads"])
-            layer = LayerSpec(
-                num_attention_heads=heads,
-                num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-                intermediate_size=int(config["intermediate_size"]),
-            )
+            shape = {
+                "num_attention_heads": heads,
+                "num_key_value_heads": int(config.get("num_key_value_heads") or heads),
+                "intermediate_size": int(config["intermediate_size"]),
+            }
+            own = {int(index): layer for index, layer in differs.items()}
+            layers = [LayerSpec(**{**shape, **own.get(index, {})}) for index in range(int(config["num_hidden_layers"]))]
             return cls(
                 family=family.name,
                 vocab_size=config["vocab_size"],
@@ -97,7 +102,7 @@ class ModelSpec(BaseModel):
                 rms_norm_eps=config["rms_norm_eps"],
                 rope_theta=_rope_theta(config),
                 flags={slot.when: family.flag(config, slot.when) for slot in family.layer_tensors if slot.when},
-                layers=(layer,) * int(config["num_hidden_layers"]),
+                layers=tuple(layers),
             )
         except KeyError as error:
             raise ModelError(f"The config of this {family.name} model has no {error.args[0]!r}.") from error
@@ -165,21 +170,22 @@ class ModelSpec(BaseModel):
         return 2 * self.head_dim * sum(layer.num_key_value_heads for layer in self.layers) * bytes_per_value
 
     def config_fields(self) -> dict[str, Any]:
-        """The shape fields of a plain Hugging Face config for this spec.
+        """The shape fields of a Hugging Face config for this spec.
 
-        Raises:
-            ModelError: if the layers are not all equal and whole: no plain config can say that.
+        If the layers differ, the sizes of the whole model are the largest ones, and ``per_layer_config`` and the fields
+        that lead transformers to flabc's module say the rest.
         """
-        if not self.is_uniform:
-            raise ModelError("The layers differ in shape, which a plain config cannot express.")
-        return {
+        shapes = [layer.model_dump() for layer in self.layers]
+        fields = {
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "head_dim": self.head_dim,
             "num_hidden_layers": len(self.layers),
             "tie_word_embeddings": self.tie_word_embeddings,
-            **self.layers[0].model_dump(),
+            **max(self.layers, key=lambda layer: layer.num_attention_heads).model_dump(),
+            "intermediate_size": max(layer.intermediate_size for layer in self.layers),
         }
+        return fields if self.is_uniform else fields | per_layer_fields(family_named(self.family), shapes)
 
     def _has(self, slot: TensorSlot, layer: LayerSpec | None) -> bool:
         if slot.when == "untied":

@@ -114,7 +114,7 @@ def test_no_more_goes_than_the_target_lets_go(
 def test_one_layer_always_stays(tied: CausalLM, make_context: MakeContext) -> None:
     made = layers.plan(tied, layers_config(count=99), make_context(tied))
     assert len(made.keep) == 1
-    assert made.summary.startswith("layers: remove 2 of 3 (")
+    assert made.summary.startswith("layers: remove 2 of 3 layers (")
 
 
 @pytest.mark.parametrize(("fraction", "removed"), [(0.34, 1), (0.6, 2), (0.1, 0)])

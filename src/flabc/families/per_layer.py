@@ -1,0 +1,54 @@
+"""Models whose layers differ in shape: what their config says, and the code by which transformers builds them.
+
+The config has transformers' own field ``per_layer_config``. Transformers 5.23 reads it and then builds equal layers
+for Llama and Qwen2, or raises; so the checkpoint carries one small module, made from a template, that builds each
+layer in its shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+from .family import Family
+
+#: The module's file in a checkpoint, and the config field that says what differs.
+MODELING, PER_LAYER = "modeling_flabc.py", "per_layer_config"
+
+#: ``model_type`` of such a model is this and the family's.
+_PREFIX = "flabc_"
+
+#: What such a config has beyond the family's.
+_OWN = ("auto_map", "base_model_type", PER_LAYER)
+
+
+def modeling_code(family: Family) -> str:
+    """The source of ``modeling_flabc.py`` for a family; the same for every model of it."""
+    import jinja2
+
+    template = resources.files("flabc.families").joinpath(f"{MODELING}.jinja").read_text(encoding="utf-8")
+    module, layer = family.decoder_layer.split(":")
+    base = family.architecture.removesuffix("ForCausalLM")
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    return environment.from_string(template).render(module=module, layer=layer, base=base, family=family.name)
+
+
+def per_layer_fields(family: Family, shapes: list[dict[str, int]]) -> dict[str, Any]:
+    """What the config of such a model has beyond the family's: one shape per layer, 0 for what is gone."""
+    stem = MODELING.removesuffix(".py")
+    return {
+        "model_type": f"{_PREFIX}{family.name}",
+        "base_model_type": family.name,
+        "architectures": ["FlabcForCausalLM"],
+        "auto_map": {"AutoConfig": f"{stem}.FlabcConfig", "AutoModelForCausalLM": f"{stem}.FlabcForCausalLM"},
+        PER_LAYER: {str(index): shape for index, shape in enumerate(shapes)},
+    }
+
+
+def plain_view(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config as the family's own: without what flabc added."""
+    plain = {key: value for key, value in config.items() if key not in _OWN}
+    if "base_model_type" in config and str(config.get("model_type", "")).startswith(_PREFIX):
+        plain["model_type"] = config["base_model_type"]
+    return plain
