@@ -1,235 +1,281 @@
-"""The child's side of the sandbox: builds the walls, runs one program inside, says how it ended. Standard library only.
+"""The child's side of the sandbox: builds the walls, runs one program inside, tells how it ended.
 
-``python -I jail.py`` reads one JSON object from stdin (program, nonce, level, limits) and writes one to stdout. Three
-processes: the supervisor stays outside; ``init`` is process 1 of the new namespace, with which the kernel ends all
-others; the worker drops every privilege and runs the program.
+A script of nothing but the standard library that reads one JSON object from stdin and writes one to stdout. The
+supervisor stays outside and keeps the time; in namespaces, ``init`` is process 1, with which the kernel ends all
+others; the worker drops every privilege and runs the program. It starts anew for every program, so it imports little.
 
-Sources: man pages namespaces(7), pivot_root(2), capabilities(7), seccomp(2), prctl(2).
+Sources: the man pages namespaces(7), pivot_root(2), mount_setattr(2), capabilities(7), seccomp(2), prctl(2).
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
+import mmap
 import os
-import platform
 import resource
 import signal
 import struct
 import sys
 import time
-from typing import Any, NoReturn
+from contextlib import suppress
 
+TYPE_CHECKING = False  # the module typing would cost milliseconds
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
+
+#: Seconds between two looks at a program, and for all that is not the program: a busy machine builds walls slowly.
+POLL_S, GRACE_S = 0.003, 30.0
+#: What a namespace shows of the system; links stay links. Nix and Guix keep an interpreter's libraries in a store.
+SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/nix/store", "/gnu/store")
+PREFIXES = (sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix)
+DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+#: The only folder in there that can be written, other names of it, and where the old root is while it is needed.
+SCRATCH, ALIASES, OLD = "/sandbox", ("/tmp", "/dev/shm"), "/.old"
+
+LINUX = sys.platform == "linux"
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT = 1, 2, 4, 32
-MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
-MNT_DETACH = 2
-PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 22, 36, 38
-SECCOMP_MODE_FILTER, SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO, EPERM = 2, 0x7FFF0000, 0x00050000, 1
-NOBODY = 65534
-SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
-#: By machine: the audit name of its architecture, and its numbers of socket and socketpair.
-SOCKET_CALLS = {"x86_64": (0xC000003E, (41, 53)), "aarch64": (0xC00000B7, (198, 199))}
-#: How a program is held: in namespaces; in its process group without sockets; in its process group.
-NAMESPACE, SECCOMP, GROUP = "namespace", "seccomp", "group"
-#: Characters kept of why a program failed, and seconds between two looks at it.
-DETAIL, POLL_S = 500, 0.004
-DEVICES = ("null", "zero", "urandom", "random")
-#: Where the program lives, inside.
-SCRATCH = "/scratch"
-#: System folders that an interpreter may need; what is a link outside is one inside.
-SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/sbin")
+MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 4096, 16384, 1 << 18, 2
+PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442, -100, 0x8000
+PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 8, 36, 38
+PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
+CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_SYS_ADMIN = 0, 1, 2, 5, 6, 7, 21
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def call(name: str, *arguments: Any) -> None:
-    """A function of libc that returns 0.
-
-    Raises:
-        OSError: with errno.
-    """
-    if getattr(libc, name)(*arguments):
+def call(name: str, *arguments: int | bytes) -> None:
+    """A function of libc that returns 0, or else raises OSError."""
+    if getattr(libc, name)(*(ctypes.c_long(each) if isinstance(each, int) else each for each in arguments)):
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")
 
 
+def prctl(option: int, value: int, more: int = 0) -> None:
+    """The system call of that name."""
+    call("prctl", option, value, more, 0, 0)
+
+
 def mount(source: str, target: str, kind: str = "", flags: int = 0, data: str = "") -> None:
-    """Mount a file system or bind a folder."""
-    call("mount", source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), data.encode())
+    """The system call of that name."""
+    call("mount", os.fsencode(source), os.fsencode(target), kind.encode(), flags, data.encode())
 
 
-def enter_namespaces() -> None:
-    """Leave the outside's network, mounts, processes and users; as root without a user namespace of its own."""
+def kernel_file(path: str, text: str | None = None) -> str:
+    """Read a file of the kernel's, or write it."""
+    with open(path, "r" if text is None else "w", encoding="utf-8", errors="replace") as file:
+        return file.read() if text is None else str(file.write(text))
+
+
+class Board:
+    """Memory that supervisor and worker share: when the program began, and how it ended.
+
+    Not a pipe: a program may close every file. Nor can it write here by accident: a secret comes before the message.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.memory, self.secret = mmap.mmap(-1, size), os.urandom(16)
+        self.room = size - 8 - len(self.secret)
+
+    @property
+    def began(self) -> float:
+        """When the program began, on the monotonic clock; 0 if it has not."""
+        return float(struct.unpack_from("d", self.memory)[0])
+
+    def write(self, message: bytes) -> None:
+        """Leave the message; no name is looked up that a program could have changed."""
+        self.memory.seek(8)
+        self.memory.write(self.secret + message[: self.room])
+
+    def read(self) -> tuple[str, str]:
+        """A word and an explanation; empty if nothing was written."""
+        _, secret, message = self.memory[8:].rstrip(b"\0").rpartition(self.secret)
+        word, _, rest = message.decode("utf-8", "replace").partition(" ") if secret else ("", "", "")
+        return word, rest
+
+
+def capable(*needed: int) -> bool:
+    """Whether this process has these capabilities."""
+    held = int(kernel_file("/proc/self/status").partition("CapEff:")[2].split()[0], 16)
+    return all(held >> each & 1 for each in needed)
+
+
+def spare_identity(inside: bool) -> tuple[int, int] | None:
+    """A user and a group that nobody else has, if this is root: the kernel then counts its processes alone."""
+    needed = (CAP_SETUID, CAP_SETGID, CAP_KILL) + ((CAP_SYS_ADMIN,) if inside else (CAP_CHOWN, CAP_DAC_OVERRIDE))
+    if not LINUX or os.geteuid() != 0 or not capable(*needed):
+        return None
+    user, group = _spare_id("uid_map"), _spare_id("gid_map")
+    return (user, group) if user and group else None
+
+
+def _spare_id(kind: str) -> int:
+    """From the upper half of the largest range of ids here, where no system hands them out; 0 if there is only root."""
+    ranges = (line.split() for line in kernel_file(f"/proc/self/{kind}").splitlines())
+    count, first = max((min(int(count), 2**31), int(first)) for first, _, count in ranges)
+    return first + count - 1 - os.getpid() % max(count // 2, 1)
+
+
+def enter_namespaces(identity: tuple[int, int] | None) -> None:
+    """Leave the outside's network, mounts, processes and, if this is not root, users."""
     flags = CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS
-    if os.geteuid() == 0:
-        call("unshare", flags)
-        return
-    uid, gid = os.geteuid(), os.getegid()
-    call("unshare", flags | CLONE_NEWUSER)
-    for file, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
-        with open(f"/proc/self/{file}", "w") as out:
-            out.write(text)
+    user, group = os.geteuid(), os.getegid()
+    call("unshare", flags if identity else flags | CLONE_NEWUSER)
+    if not identity:
+        kernel_file("/proc/self/setgroups", "deny")
+        kernel_file("/proc/self/uid_map", f"{user} {user} 1")
+        kernel_file("/proc/self/gid_map", f"{group} {group} 1")
 
 
 def build_root(scratch_mib: int) -> None:
     """A root that holds the interpreter, read-only, a few devices, and one small folder that can be written."""
+    links = {path: os.readlink(path) for path in SYSTEM if os.path.islink(path)}
+    wanted = {each for path in (*SYSTEM, *PREFIXES, *DEVICES) for each in (path, os.path.realpath(path))}
+    real = {path: os.path.realpath(path) for path in sorted(wanted, key=len) if os.path.exists(path)}  # parents first
+    os.umask(0o022)  # whoever has no privileges must get through
     mount("none", "/", flags=MS_REC | MS_PRIVATE)
-    root = "/tmp"  # mounted over; the real one is out of reach from here on
-    sources = list(dict.fromkeys([*SYSTEM, sys.base_prefix, sys.prefix, sys.base_exec_prefix, sys.exec_prefix]))
-    sources += [f"/dev/{name}" for name in DEVICES]
-    held = {path: os.open(path, os.O_PATH) for path in sources if os.path.exists(path)}
-    mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,nr_inodes=1k,mode=755")
-    for path, handle in held.items():
-        inside = root + path
-        if path in SYSTEM and os.path.islink(path):
-            os.symlink(os.readlink(path), inside)
-        elif not os.path.exists(inside):
-            _bind(handle, inside, is_file=path.startswith("/dev/"))
-        os.close(handle)
-    scratch = root + SCRATCH
-    os.mkdir(scratch)
-    mount("tmpfs", scratch, "tmpfs", MS_NOSUID | MS_NODEV, f"size={scratch_mib}m,nr_inodes=1k,mode=777")
-    os.symlink(SCRATCH, root + "/tmp")
-    mount("none", root, flags=MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
-    os.chdir(root)
-    if libc.syscall(SYS_PIVOT_ROOT[platform.machine()], b".", b"."):
-        raise OSError(ctypes.get_errno(), "pivot_root")
-    call("umount2", b".", MNT_DETACH)
+    mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,nr_inodes=1k,mode=755")
+    os.mkdir("/tmp" + OLD)
+    call("syscall", PIVOT_ROOT.get(os.uname().machine, -1), b"/tmp", os.fsencode("/tmp" + OLD))
+    os.chdir("/")
+    for path, target in links.items():
+        os.symlink(target, path)
+    for path, source in real.items():
+        if not os.path.lexists(path):
+            _show(OLD + source, path)
+    _add_scratch(scratch_mib)
+    call("umount2", os.fsencode(OLD), MNT_DETACH)
+    os.rmdir(OLD)
+    mount("none", "/", flags=MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
+
+
+def _show(source: str, path: str) -> None:
+    """Show a device, or, read-only, a folder with all that is mounted in it."""
+    if path in DEVICES:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o644))
+        mount(source, path, flags=MS_BIND)
+        return
+    os.makedirs(path)
+    mount(source, path, flags=MS_BIND | MS_REC)
+    attributes = struct.pack("4Q", MS_RDONLY | MS_NOSUID | MS_NODEV, 0, 0, 0)
+    call("syscall", MOUNT_SETATTR, AT_FDCWD, os.fsencode(path), AT_RECURSIVE, attributes, len(attributes))
+
+
+def _add_scratch(mib: int) -> None:
+    os.mkdir(SCRATCH)
+    mount("tmpfs", SCRATCH, "tmpfs", MS_NOSUID | MS_NODEV, f"size={mib}m,nr_inodes=4k,mode=1777")
+    for alias in ALIASES:
+        if not os.path.lexists(alias):  # the interpreter may live below it
+            os.symlink(SCRATCH, alias)
     os.chdir(SCRATCH)
 
 
-def _bind(handle: int, inside: str, *, is_file: bool) -> None:
-    """Show an open file or folder at another place, read-only."""
-    os.makedirs(os.path.dirname(inside) if is_file else inside, mode=0o755, exist_ok=True)
-    if is_file:
-        os.close(os.open(inside, os.O_CREAT | os.O_WRONLY, 0o644))
-    mount(f"/proc/self/fd/{handle}", inside, flags=MS_BIND | MS_REC)
-    if not is_file:
-        mount("none", inside, flags=MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
+def set_capabilities(held: int) -> None:
+    """Hold these capabilities (all below 32) and no others."""
+    version_3 = struct.pack("Ii", 0x20080522, 0)
+    call("capset", version_3, struct.pack("6I", held, held, 0, 0, 0, 0))
 
 
-def drop_privileges() -> None:
-    """Become nobody if this is root, without capabilities and without a way back."""
-    if os.geteuid() == 0:
-        os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
-    call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    drop_capabilities()
+def drop_privileges(identity: tuple[int, int] | None) -> None:
+    """Become nobody, for good, without capabilities; but one to read if the interpreter is for root's eyes only."""
+    if identity:
+        user, group = identity
+        with suppress(PermissionError):
+            os.setgroups([])
+        os.setresgid(group, group, group)
+        prctl(PR_SET_KEEPCAPS, 1)
+        os.setresuid(user, user, user)
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+    legible = all(os.access(path, os.R_OK) for path in (os.__file__, *PREFIXES))
+    set_capabilities(0 if legible or not identity else 1 << CAP_DAC_READ_SEARCH)
 
 
-def become_nobody() -> None:
-    """Without a root of its own, a root user becomes nobody if nobody can read the interpreter, and stays otherwise."""
-    if os.geteuid() != 0:
+def filter_calls(rules: list[tuple[int, int, int, int]]) -> None:
+    """Install a seccomp filter; a negative operand stands for the id of this process."""
+    if not rules:
         return
-    os.seteuid(NOBODY)
-    readable = os.access(os.__file__, os.R_OK, effective_ids=True)
-    os.seteuid(0)
-    if readable:
-        drop_privileges()
+    code = b"".join(struct.pack("HBBI", *rule[:3], rule[3] if rule[3] >= 0 else os.getpid()) for rule in rules)
+    packed = ctypes.create_string_buffer(code, len(code))
+    program = ctypes.create_string_buffer(struct.pack("HP", len(rules), ctypes.addressof(packed)))
+    prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(program))
 
 
-def drop_capabilities() -> None:
-    """Give up every capability, so that walls cannot be taken down again."""
-    header = struct.pack("Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
-    call("capset", header, b"\0" * 24)
+def limit(bounds: dict[str, tuple[int, int]]) -> None:
+    """Set soft and hard limits by the names of setrlimit(2), as far as they may still be set."""
+    unsupported = () if LINUX else (OSError, ValueError)
+    for name, (soft, hard) in bounds.items():
+        kind = getattr(resource, name)
+        most = resource.getrlimit(kind)[1]
+        most = hard if most == resource.RLIM_INFINITY else min(most, hard)
+        with suppress(*unsupported):
+            resource.setrlimit(kind, (min(soft, most), most))
 
 
-def refuse_sockets() -> None:
-    """A seccomp filter under which socket and socketpair fail with EPERM, and foreign system call tables do as well."""
-    architecture, numbers = SOCKET_CALLS[platform.machine()]
-    refuse = SECCOMP_RET_ERRNO | EPERM
-    load, equal, at_least, end = 0x20, 0x15, 0x35, 0x06
-    code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (end, 0, 0, refuse), (load, 0, 0, 0)]
-    code += [(at_least, 0, 1, 0x40000000), (end, 0, 0, refuse)]  # x32, whose calls have other numbers
-    for number in numbers:
-        code += [(equal, 0, 1, number), (end, 0, 0, refuse)]
-    code.append((end, 0, 0, SECCOMP_RET_ALLOW))
-    packed = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
-    program = struct.pack("HxxxxxxP", len(code), ctypes.addressof(packed))
-    call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0)
-
-
-def limit(limits: dict[str, Any]) -> None:
-    """Bound what one process, and all of them, may take."""
-    mib = 2**20
-    bounds = {
-        resource.RLIMIT_AS: limits["memory_mib"] * mib,
-        resource.RLIMIT_FSIZE: limits["file_mib"] * mib,
-        resource.RLIMIT_NOFILE: limits["open_files"],
-        resource.RLIMIT_NPROC: limits["processes"],
-        resource.RLIMIT_CPU: int(limits["timeout_s"]) + 1,
-        resource.RLIMIT_CORE: 0,
-    }
-    for kind, bound in bounds.items():
-        hard = resource.getrlimit(kind)[1]
-        bound = bound if hard == resource.RLIM_INFINITY else min(bound, hard)
-        resource.setrlimit(kind, (bound, bound))
-
-
-def execute(program: str) -> str:
-    """Run a program to its end; what it raised, or nothing."""
-    try:
-        exec(program, {})
-    except BaseException as error:  # whatever ends a program early, it did not pass
-        try:
-            return f"{type(error).__name__}: {str(error) or failed_line(program, error)}".rstrip(": ")
-        except BaseException:
-            return type(error).__name__
-    return ""
-
-
-def failed_line(program: str, error: BaseException) -> str:
-    """The innermost line of the program that was running: an assertion seldom says more than that it failed."""
+def describe(error: BaseException, program: str, kind: type[type] = type, text: type[str] = str) -> bytes:
+    """What was raised, and by which line if it says nothing more; defaults because names can be taken away."""
     line, trace = 0, error.__traceback__
     while trace:
         line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == "<string>" else line
         trace = trace.tb_next
-    return program.splitlines()[line - 1].strip() if line else ""
+    why = text(error) or (program.splitlines()[line - 1].strip() if line else "")
+    return f"{kind(error).__name__}: {why}".rstrip(": ").encode("utf-8", "replace")
 
 
-def work(job: dict[str, Any], report: int) -> NoReturn:
+def perform(program: str, board: Board) -> NoReturn:
+    """Run a program to its end and leave a message; a process that the program forked leaves none."""
+    anything, leave, pid_of, pid, message = BaseException, os._exit, os.getpid, os.getpid(), b"passed"
+    struct.pack_into("d", board.memory, 0, time.monotonic())
+    try:
+        exec(program, {})
+    except anything as error:  # whatever ends a program early, it did not pass
+        try:
+            message = b"failed " + describe(error, program)
+        except anything:
+            message = b"failed an error that cannot be shown"
+    if pid_of() == pid:
+        board.write(message)
+    leave(0)
+
+
+def work(job: dict[str, Any], board: Board, identity: tuple[int, int] | None) -> NoReturn:
     """The worker: every way out closed, then the program."""
     try:
-        null = os.open("/dev/null", os.O_RDWR)
-        for stream in (0, 1, 2):
-            os.dup2(null, stream)
-        os.closerange(3, report)
-        os.closerange(report + 1, 1024)
-        if job["level"] == NAMESPACE:
-            drop_privileges()
-            with contextlib.suppress(OSError):  # processes are then counted in this sandbox only
-                call("unshare", CLONE_NEWUSER)
-                drop_capabilities()
-        else:
-            become_nobody()
-            if job["level"] == SECCOMP:
-                refuse_sockets()
-        limit(job["limits"])
-        message = {"failure": execute(job["program"])[:DETAIL]}
-    except OSError as error:
-        message = {"broken": str(error)}
-    with contextlib.suppress(OSError):
-        os.write(report, json.dumps({"nonce": job["nonce"], **message}).encode() + b"\n")
-    os._exit(0)
+        if identity and not job["inside"]:
+            os.chown(".", *identity)
+        if LINUX:
+            drop_privileges(identity)
+            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        limit(job["bounds"])
+        filter_calls(job["filter"])
+        os.environ.pop("LD_LIBRARY_PATH", None)
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    except (OSError, ValueError) as error:
+        board.write(f"broken {error}".encode())
+        os._exit(1)
+    perform(job["program"], board)
 
 
-def init(job: dict[str, Any], report: int) -> NoReturn:
+def init(job: dict[str, Any], board: Board, identity: tuple[int, int] | None) -> NoReturn:
     """Process 1 of the namespace: dies with the supervisor, and takes all others with it when the worker is done."""
-    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(1))  # in case the supervisor was dead by then
+    signal.setitimer(signal.ITIMER_REAL, job["timeout_s"] + 3 * GRACE_S)
     try:
-        build_root(job["limits"]["scratch_mib"])
+        build_root(job["scratch_mib"])
     except OSError as error:
-        os.write(report, json.dumps({"nonce": job["nonce"], "broken": str(error)}).encode())
-        os._exit(0)
+        board.write(f"broken {error}".encode())
+        os._exit(1)
     worker = os.fork()
     if worker == 0:
         os.setsid()
-        work(job, report)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        work(job, board, identity)
+    set_capabilities(0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # for process 1, that is to ignore it
     while True:
         ended, status = os.wait()
         if ended == worker:
@@ -242,95 +288,110 @@ def code_of(status: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def supervise(job: dict[str, Any]) -> dict[str, str]:
-    """Start the worker behind its walls, wait for it, and leave nothing of it."""
-    reading, writing = os.pipe()
-    inside = job["level"] == NAMESPACE
-    if inside:
-        enter_namespaces()
-    elif sys.platform == "linux":
-        call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+def detach() -> None:
+    """Let go of everything of the supervisor's, and be the first to go when the machine runs out of memory."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.setsid()
+    null = os.open("/dev/null", os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(null, stream)
+    os.closerange(3, 1 << 16)
+    with suppress(OSError):
+        kernel_file("/proc/self/oom_score_adj", "1000")
+
+
+def supervise(job: dict[str, Any]) -> dict[str, Any]:
+    """Start the worker behind its walls, wait for it, leave nothing of it, and say how it ended.
+
+    Returns:
+        the word (passed, failed, broken, or none) and detail that the worker left, its exit code (none if it took too
+        long) and its seconds (none if the program was never begun).
+    """
+    board = Board(job["room"])
+    identity = spare_identity(job["inside"])
+    if job["inside"]:
+        enter_namespaces(identity)
+    elif LINUX:
+        prctl(PR_SET_CHILD_SUBREAPER, 1)
     child = os.fork()
     if child == 0:
-        os.close(reading)
-        if inside:
-            init(job, writing)
-        os.setsid()
-        work(job, writing)
-    os.close(writing)
-    code = wait_for(child, job["limits"]["timeout_s"])
-    if code is None:
-        kill(child)
-    kill_orphans(child)
-    os.set_blocking(reading, False)
-    return verdict(job["nonce"], _read(reading), code)
-
-
-def wait_for(child: int, seconds: float) -> int | None:
-    """The child's exit code, or None if it takes longer."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return code_of(status)
-        time.sleep(POLL_S)
-    return None
-
-
-def kill(child: int) -> None:
-    """End the child and reap it; of a namespace's process 1, the kernel ends all others too."""
-    for end in (os.kill, os.killpg):
-        with contextlib.suppress(OSError):
-            end(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-
-
-def kill_orphans(child: int) -> None:
-    """End whatever the worker left: its group, and those that fled from it, whom a subreaper inherits."""
-    with contextlib.suppress(OSError):
-        os.killpg(child, signal.SIGKILL)
-    listing = f"/proc/self/task/{os.getpid()}/children"
-    while os.path.exists(listing):
-        with open(listing) as file:
-            left = [int(pid) for pid in file.read().split()]
-        if not left:
-            return
-        for pid in left:
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-
-
-def _read(pipe: int) -> bytes:
+        try:
+            detach()
+            (init if job["inside"] else work)(job, board, identity)
+        finally:
+            os._exit(1)
+    in_time = False
     try:
-        return os.read(pipe, 1 << 16)
-    except BlockingIOError:
-        return b""
+        in_time = wait_for(child, board, job["timeout_s"])
+    finally:
+        seconds = time.monotonic() - board.began if board.began else None
+        code = end(child)
+        if job["folder"]:  # the parent may be gone
+            import shutil
+
+            shutil.rmtree(job["folder"], ignore_errors=True)
+    word, detail = board.read()
+    return {"word": word, "detail": detail, "code": code if in_time else None, "seconds": seconds}
 
 
-def verdict(nonce: str, written: bytes, code: int | None) -> dict[str, str]:
-    """What the worker said, if it could; a line that does not know the nonce is the program's own."""
-    for line in written.splitlines():
-        with contextlib.suppress(ValueError, TypeError, AttributeError):
-            said = json.loads(line)
-            if said.get("nonce") == nonce and code == 0:
-                if "broken" in said:
-                    return {"broken": said["broken"]}
-                return {"outcome": "failed" if said["failure"] else "passed", "detail": said["failure"]}
-    if code is None:
-        return {"outcome": "timed out", "detail": "it took too long"}
-    how = f"exit code {code}" if code < 128 else f"signal {code - 128}"
-    return {"outcome": "failed", "detail": f"ended without a verdict: {how}"}
+def wait_for(child: int, board: Board, seconds: float) -> bool:
+    """Whether the child ended in time, which runs from the moment that the program began. It is not reaped yet."""
+    deadline = time.monotonic() + GRACE_S
+    while time.monotonic() < (board.began + seconds if board.began else deadline):
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return True
+        time.sleep(POLL_S)
+    return False
+
+
+def end(child: int) -> int:
+    """End the child and all that it left; its exit code. With process 1 of a namespace, the kernel ends all others."""
+    for kill in (os.kill, os.killpg):
+        with suppress(OSError):
+            kill(child, signal.SIGKILL)
+    code = code_of(os.waitpid(child, 0)[1])
+    deadline = time.monotonic() + GRACE_S
+    while time.monotonic() < deadline:
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            break
+        for pid in descendants():
+            with suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+    return code
+
+
+def descendants() -> list[int]:
+    """Those that fled from the worker's group, whom a subreaper inherits, and theirs."""
+    parents = {}
+    for pid in filter(str.isdigit, os.listdir("/proc") if LINUX else ()):
+        with suppress(OSError):
+            parents[int(pid)] = int(kernel_file(f"/proc/{pid}/stat").rpartition(")")[2].split()[1])
+    family = [os.getpid()]
+    for member in family:
+        family += [pid for pid, parent in parents.items() if parent == member]
+    return family[1:]
+
+
+def stop(*_: object) -> NoReturn:
+    """The parent wants no answer any more, or is gone: leave, cleaning up once."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(1)
 
 
 def main() -> None:
     """Read the job, run it, say how it ended."""
     job = json.load(sys.stdin)
+    signal.signal(signal.SIGTERM, stop)
     try:
-        answer = supervise(job)
+        if LINUX:
+            prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() == job["parent"]:
+            print(json.dumps(supervise(job)), flush=True)
     except OSError as error:
-        answer = {"broken": str(error)}
-    print(json.dumps(answer), flush=True)
+        print(json.dumps({"word": "broken", "detail": str(error), "seconds": None}), flush=True)
 
 
 if __name__ == "__main__":

