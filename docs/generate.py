@@ -12,9 +12,11 @@ import click
 
 from flabc.cli import PLANNED, cli
 from flabc.perf import evaluation, figures, table
+from flabc.perf.comparison import EvalRow
 from flabc.perf.evaluation import EvalResult
 from flabc.project import Project
 from flabc.recipe import Recipe
+from flabc.runtime.evaluate.task import TASKS
 from flabc.runtime.measure.result import BenchResult
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,8 +61,14 @@ def quality() -> str:
         files = [RESULTS / f"{name}.{task}.json" for task in figures.TASKS]
         found = [EvalResult.model_validate_json(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
         if found:
-            parts += [f"{title}:", evaluation.table([row for result in found for row in result.rows])]
+            parts += [f"{title}:", evaluation.table([row for result in found for row in named(result)])]
     return "\n\n".join(parts)
+
+
+def named(result: EvalResult) -> list[EvalRow]:
+    """The rows of a task that generates, with its name: elsewhere it stands in the title."""
+    name = result.options.name
+    return [row.model_copy(update={"metric": f"{name} {row.metric}"} if name in TASKS else {}) for row in result.rows]
 
 
 def between(text: str, mark: str, content: str) -> str:
