@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import threading
 from collections.abc import Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -23,60 +20,10 @@ from flabc.runtime.evaluate.task import EvalOptions
 from flabc.runtime.sampling import SamplingParams
 from flabc.runtime.session import Session
 
+if TYPE_CHECKING:
+    from .conftest import Served
+
 QUICK = EvalOptions(task="humaneval", limit=4, max_tokens=8, allow_code_execution=True)
-
-
-class Handler(BaseHTTPRequestHandler):
-    """OpenAI's API over a session, as little of it as an evaluation asks for."""
-
-    session: Session
-    lock = threading.Lock()
-    asked: list[dict[str, Any]]
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing on the terminal."""
-
-    def do_GET(self) -> None:
-        self._reply({"object": "list", "data": [{"id": "tiny", "object": "model", "created": 0, "owned_by": "x"}]})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.asked.append(body)
-        chat = "messages" in body
-        stop = body.get("stop") or ()
-        params = SamplingParams(max_tokens=body["max_tokens"], stop=tuple(stop), seed=body.get("seed"))
-        with self.lock:
-            found = self.session.generate(body["messages"] if chat else body["prompt"], params)
-            choice: dict[str, Any] = {"index": 0, "finish_reason": found.finish_reason}
-            if body.get("echo"):
-                choice["logprobs"] = {"token_logprobs": [None, *self._logprobs(body["prompt"]), -1.0], "tokens": []}
-        choice |= {"message": {"role": "assistant", "content": found.text}} if chat else {"text": found.text}
-        usage = {"prompt_tokens": found.prompt_tokens, "completion_tokens": len(found.token_ids), "total_tokens": 0}
-        self._reply({"id": "1", "object": "x", "created": 0, "model": "tiny", "choices": [choice], "usage": usage})
-
-    def _logprobs(self, text: str) -> list[float]:
-        ids = np.array(self.session.codec.encode(text))
-        return [-float(nll) for nll in token_nll(self.session.backend.score(ids[None])[0], ids)]
-
-    def _reply(self, data: dict[str, Any]) -> None:
-        raw = json.dumps(data).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(raw)))
-        self.end_headers()
-        self.wfile.write(raw)
-
-
-@pytest.fixture
-def url(tiny_engine: Path) -> Iterator[str]:
-    """A server over the tiny engine."""
-    Handler.session, Handler.asked = Session.open(tiny_engine), []
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
 
 
 def completions(folder: Path) -> list[str]:
@@ -185,38 +132,38 @@ def test_diff_lists_what_was_gained_and_lost(
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_a_server_is_asked_as_a_folder_is(tiny_engine: Path, url: str, tmp_path: Path, chat: bool) -> None:
+def test_a_server_is_asked_as_a_folder_is(tiny_engine: Path, served: Served, tmp_path: Path, chat: bool) -> None:
     options = QUICK.model_copy(update={"chat": chat, "batch": 3})
     api.evaluate(tiny_engine, options, output=tmp_path / "folder")
-    result = api.evaluate(url, options, output=tmp_path / "server")
+    result = api.evaluate(served.url, options, output=tmp_path / "server")
     assert completions(tmp_path / "server") == completions(tmp_path / "folder")
     assert result.target.parameters is None
     assert result.target.tokens == api.read_evaluation(tmp_path / "folder").target.tokens
-    assert all(body["model"] == "tiny" and ("messages" in body) == chat for body in Handler.asked)
-    assert all(len(body.get("stop") or ()) <= 4 for body in Handler.asked)
+    assert all(body["model"] == "tiny" and ("messages" in body) == chat for body in served.asked)
+    assert all(len(body.get("stop") or ()) <= 4 for body in served.asked)
 
 
-def test_a_server_gives_perplexity_by_echo(tiny_engine: Path, url: str, tmp_path: Path) -> None:
+def test_a_server_gives_perplexity_by_echo(tiny_engine: Path, served: Served, tmp_path: Path) -> None:
     for n in range(12):
         (tmp_path / f"{n}.py").write_text(f"def f{n}(x):\n    return x + {n}\n")
     options = EvalOptions(corpus=str(tmp_path))
     texts = api.heldout_texts(str(tmp_path))
-    session, server = Session.open(tiny_engine), Server(url, options)
+    session, server = Session.open(tiny_engine), Server(served.url, options)
     for text in texts.values():
         scores = server.token_logprobs(text)
         _, tokens = score_text(session.backend, session.codec, text)
         assert len(scores) == tokens - 1  # nothing stands before the first token
         ids = np.array([session.codec.encode_plain(text)])
         assert -sum(scores) == pytest.approx(float(token_nll(session.backend.score(ids)[0], ids[0]).sum()))
-    result = api.evaluate(url, options)
+    result = api.evaluate(served.url, options)
     assert result.rows[0].target.n == len(texts) > 0
 
 
-def test_kl_wants_two_folders(tiny_engine: Path, tiny_dense_engine: Path, url: str) -> None:
+def test_kl_wants_two_folders(tiny_engine: Path, tiny_dense_engine: Path, served: Served) -> None:
     with pytest.raises(UsageError, match="--baseline"):
         api.evaluate(tiny_engine, EvalOptions(task="kl"))
     with pytest.raises(UsageError, match="every logit"):
-        api.evaluate(url, EvalOptions(task="kl", limit=1), baseline=tiny_dense_engine)
+        api.evaluate(served.url, EvalOptions(task="kl", limit=1), baseline=tiny_dense_engine)
     rows = api.evaluate(tiny_engine, EvalOptions(task="kl", limit=2), baseline=tiny_dense_engine).rows
     assert [row.metric.split()[0] for row in rows] == ["KL", "same", "baseline's"]
     assert rows[0].target.value > 0

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from flabc import api
 from flabc.errors import UsageError
 from flabc.runtime.evaluate.task import EvalOptions
+
+if TYPE_CHECKING:
+    from .conftest import Served
 
 pytestmark = pytest.mark.filterwarnings("default")  # what others warn of is theirs
 
@@ -102,6 +105,16 @@ def test_the_table_has_a_row_per_metric_and_pairs_the_sides(
     result = api.evaluate(tiny_engine, options, baseline=tiny_dense_engine)
     assert [row.metric for row in result.rows] == ["flabc_choice acc", "flabc_choice acc_norm"]
     assert all(row.target.n == len(QUESTIONS) and row.test == "exact McNemar" for row in result.rows)
+
+
+def test_a_server_is_asked_by_the_harness_itself(tiny_engine: Path, served: Served, tasks: Path) -> None:
+    options = EvalOptions(task="lm-eval:flabc_choice", data=tasks, tokenizer=tiny_engine, batch=2)
+    over_http = api.evaluate(served.url, options).rows
+    in_process = api.evaluate(tiny_engine, options).rows
+    assert [row.target for row in over_http] == [row.target for row in in_process]
+    assert any(body.get("echo") for body in served.asked)
+    generated = api.evaluate(served.url, EvalOptions(task="lm-eval:flabc_generate", data=tasks, batch=1))
+    assert generated.rows[0].target.n == len(QUESTIONS)  # needs no tokenizer
 
 
 def test_a_task_that_it_does_not_know_is_named(tiny_engine: Path) -> None:
