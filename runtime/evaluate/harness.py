@@ -18,7 +18,7 @@ from flabc.runtime.batch import generate_batch
 from flabc.runtime.sampling import SamplingParams
 from flabc.runtime.session import Session
 
-from .perplexity import score_text, token_nll
+from .perplexity import score_text, target_nll
 from .record import Record
 from .subject import Local, Server
 from .task import EvalOptions
@@ -146,7 +146,10 @@ def _likelihoods(session: Session, requests: Sequence[_Pair]) -> list[tuple[floa
     """(log-likelihood in nats of the continuation, whether it is the greedy one) of each request."""
     longest = min(session.backend.limits.max_length, session.spec.max_position_embeddings)
     # The last token is never read; what does not fit is cut off in front.
-    rows = [([*context, *continuation][-longest - 1 :], len(continuation)) for _, context, continuation in requests]
+    rows = [
+        ([*context, *continuation][-longest - 1 :], min(len(continuation), longest))
+        for _, context, continuation in requests
+    ]
     order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
     answers: dict[int, tuple[float, bool]] = {}
     with progress("lm-evaluation-harness: scoring", len(rows)) as advance:
@@ -161,10 +164,9 @@ def _likelihoods(session: Session, requests: Sequence[_Pair]) -> list[tuple[floa
             logits = session.backend.score(ids[:, :-1])  # (B, S - 1, V)
             for place, index in enumerate(taken):
                 tokens, new = rows[index]
-                piece, target = logits[place, : len(tokens) - 1], ids[place, : len(tokens)]
-                nll = token_nll(np.concatenate([piece, piece[-1:]]), target)[-new:]
-                greedy = bool((piece[-new:].argmax(-1) == target[-new:]).all())
-                answers[index] = (-float(nll.sum()), greedy)
+                piece, targets = logits[place, : len(tokens) - 1][-new:], ids[place, : len(tokens)][-new:]
+                greedy = bool((piece.argmax(-1) == targets).all())
+                answers[index] = (-float(target_nll(piece, targets).sum()), greedy)
             advance(len(taken))
     return [answers[index] for index in range(len(rows))]
 

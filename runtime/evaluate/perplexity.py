@@ -84,7 +84,7 @@ def score_text(backend: Backend, codec: TextCodec, text: str) -> tuple[float, in
     nll, tokens = 0.0, 0
     for span, new in windows(len(ids), *window_of(backend)):
         part = np.array([ids[span]], np.int64)
-        nll += float(token_nll(backend.score(part)[0], part[0])[-new:].sum())
+        nll += float(target_nll(backend.score(part)[0, -new - 1 : -1], part[0, -new:]).sum())
         tokens += new
     return nll, tokens
 
@@ -114,10 +114,9 @@ def windows(length: int, window: int, stride: int) -> Iterator[tuple[slice, int]
         done, end = end, min(end + stride, length)
 
 
-def token_nll(logits: Logits, ids: Ids) -> Logits:
-    """Negative log-likelihood in nats of tokens 1.. given those before, (S, V) and (S,) in, (S - 1,) out."""
-    before = logits[:-1]
-    peak = before.max(-1)
-    total = np.log(np.exp(before - peak[:, None]).sum(-1)) + peak
-    nll: Logits = total - before[np.arange(len(before)), ids[1:]]
+def target_nll(logits: Logits, targets: Ids) -> Logits:
+    """Negative log-likelihood in nats of the token that came after each position, (S, V) and (S,) in, (S,) out."""
+    peak = logits.max(-1)
+    total = np.log(np.exp(logits - peak[:, None]).sum(-1)) + peak
+    nll: Logits = total - logits[np.arange(len(logits)), targets]
     return nll

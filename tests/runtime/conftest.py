@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flabc.runtime.evaluate.perplexity import token_nll
+from flabc.runtime.evaluate.perplexity import target_nll
 from flabc.runtime.sampling import SamplingParams
 from flabc.runtime.session import Session
 
@@ -59,8 +59,8 @@ class Model:
     def _echoed(self, ids: list[int]) -> dict[str, Any]:
         """Log-probabilities of the prompt, then one of the token produced; of the most likely tokens too."""
         logits = self.session.backend.score(np.array([ids]))[0]
-        given = [-float(nll) for nll in token_nll(logits, np.array(ids))]
-        best = [-float(token_nll(np.stack([row, row]), np.array([0, row.argmax()]))[0]) for row in logits[:-1]]
+        given = [-float(nll) for nll in target_nll(logits[:-1], np.array(ids[1:]))]
+        best = [-float(target_nll(row[None], np.array([row.argmax()]))[0]) for row in logits[:-1]]
         return {
             "tokens": [str(index) for index in ids] + ["x"],
             "token_logprobs": [None, *given, -1.0],

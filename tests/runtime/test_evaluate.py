@@ -13,7 +13,7 @@ from flabc import api
 from flabc.errors import ArtifactError, EngineError, UsageError
 from flabc.perf.evaluation import read_records
 from flabc.runtime.evaluate import generation
-from flabc.runtime.evaluate.perplexity import score_text, token_nll
+from flabc.runtime.evaluate.perplexity import score_text, target_nll
 from flabc.runtime.evaluate.record import Completion, Journal, Record, read
 from flabc.runtime.evaluate.subject import Local, Server
 from flabc.runtime.evaluate.task import EvalOptions
@@ -154,7 +154,7 @@ def test_a_server_gives_perplexity_by_echo(tiny_engine: Path, served: Served, tm
         _, tokens = score_text(session.backend, session.codec, text)
         assert len(scores) == tokens - 1  # nothing stands before the first token
         ids = np.array([session.codec.encode_plain(text)])
-        assert -sum(scores) == pytest.approx(float(token_nll(session.backend.score(ids)[0], ids[0]).sum()))
+        assert -sum(scores) == pytest.approx(float(target_nll(session.backend.score(ids)[0, :-1], ids[0, 1:]).sum()))
     result = api.evaluate(served.url, options)
     assert result.rows[0].target.n == len(texts) > 0
 

@@ -6,11 +6,16 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from flabc import api
 from flabc.errors import UsageError
+from flabc.runtime.backend import Limits
+from flabc.runtime.evaluate.harness import _likelihoods, language_model
+from flabc.runtime.evaluate.perplexity import target_nll
 from flabc.runtime.evaluate.task import EvalOptions
+from flabc.runtime.session import Session
 
 if TYPE_CHECKING:
     from .conftest import Served
@@ -24,32 +29,30 @@ QUESTIONS = [
     {"question": "import", "choices": [" os", " the"], "gold": 0},
 ]
 
-CHOICE = """
+TASK = """
 task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {file}}}}}
 test_split: test
-output_type: multiple_choice
 doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{gold}}}}"
+"""
+
+CHOICE = """
+output_type: multiple_choice
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{gold}}"
 target_delimiter: ""
 metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
 """
 
 GENERATE = """
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
 output_type: generate_until
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{choices[0]}}}}"
-generation_kwargs: {{until: ["\\n"], max_gen_toks: 6, do_sample: false}}
+doc_to_target: "{{choices[0]}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 6, do_sample: false}
 metric_list:
-  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
 """
 
 
@@ -63,8 +66,8 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     file = folder / "questions.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
-    (folder / "choice.yaml").write_text(CHOICE.format(name="flabc_choice", file=file))
-    (folder / "generate.yaml").write_text(GENERATE.format(name="flabc_generate", file=file))
+    (folder / "choice.yaml").write_text(TASK.format(name="flabc_choice", file=file) + CHOICE)
+    (folder / "generate.yaml").write_text(TASK.format(name="flabc_generate", file=file) + GENERATE)
     return folder
 
 
@@ -73,9 +76,6 @@ def test_likelihoods_and_texts_are_those_of_the_harness_over_transformers(
 ) -> None:
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
-
-    from flabc.runtime.evaluate.harness import language_model
-    from flabc.runtime.session import Session
 
     def samples(model: Any, **arguments: Any) -> dict[str, Any]:
         manager = TaskManager(include_path=str(tasks))
@@ -115,6 +115,15 @@ def test_a_server_is_asked_by_the_harness_itself(tiny_engine: Path, served: Serv
     assert any(body.get("echo") for body in served.asked)
     generated = api.evaluate(served.url, EvalOptions(task="lm-eval:flabc_generate", data=tasks, batch=1))
     assert generated.rows[0].target.n == len(QUESTIONS)  # needs no tokenizer
+
+
+def test_what_does_not_fit_is_cut_off_in_front(tiny_engine: Path) -> None:
+    session = Session.open(tiny_engine, limits=Limits(max_length=64))
+    ids = session.codec.encode_plain("def add(a, b):\n    return a + b\n" * 20)
+    assert len(ids) > 130
+    ((whole, _),) = _likelihoods(session, [(None, ids[:1], ids[1:])])  # more than fits, all of it asked for
+    expected = target_nll(session.backend.score(np.array([ids[-65:-1]]))[0], np.array(ids[-64:]))
+    assert whole == pytest.approx(-float(expected.sum()), rel=1e-5)
 
 
 def test_a_task_that_it_does_not_know_is_named(tiny_engine: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from flabc.errors import CorpusError
 from flabc.runtime.evaluate import perplexity as module
-from flabc.runtime.evaluate.perplexity import Perplexity, perplexity, token_nll, windows
+from flabc.runtime.evaluate.perplexity import Perplexity, perplexity, target_nll, windows
 from flabc.runtime.session import Session
 
 CODE = "for i in range(10):\n    print(i)\n" * 8
@@ -36,7 +36,7 @@ def test_token_losses_are_those_of_torch() -> None:
     expected = torch.nn.functional.cross_entropy(
         torch.from_numpy(logits[:-1]), torch.from_numpy(ids[1:]), reduction="none"
     )
-    np.testing.assert_allclose(token_nll(logits, ids), expected.numpy(), rtol=1e-5)
+    np.testing.assert_allclose(target_nll(logits[:-1], ids[1:]), expected.numpy(), rtol=1e-5)
 
 
 def test_the_sum_is_the_loss_of_transformers(tiny_engine: Path, tiny_checkpoint: Path) -> None:
