@@ -17,7 +17,6 @@ from .comparison import Estimate, EvalRow
 
 #: Files of an evaluation's folder; the records are one JSON object per line.
 RESULT, HTML, MARKDOWN = "eval.json", "report.html", "report.md"
-SIDES = ("baseline", "target")
 
 #: Stands where there is no figure.
 NONE = "-"

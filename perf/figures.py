@@ -57,20 +57,8 @@ def main() -> None:
         measured[f"{name}-{asked.recipe}.json"] = work / BENCH / "bench.json"
     for task, more in TASKS.items():
         if task in asked.only:
-            make(
-                work,
-                task,
-                [
-                    "eval",
-                    "engine",
-                    "--baseline",
-                    "dense-engine",
-                    "--task",
-                    task,
-                    *more,
-                    *(chat if task == "humaneval" else []),
-                ],
-            )
+            words = ["eval", "engine", "--baseline", "dense-engine", "--task", task, *more]
+            make(work, task, words + (chat if task == "humaneval" else []))
             measured[f"{name}-{asked.recipe}.{task}.json"] = work / task / "eval.json"
     if PARITY in asked.only:
         humaneval = ["--task", "humaneval", *TASKS["humaneval"], *tie, *chat]

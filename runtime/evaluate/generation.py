@@ -13,15 +13,12 @@ from flabc.console import progress
 from flabc.runtime.sampling import SamplingParams
 
 from .problem import Problem, Program, chat_code
-from .record import Completion, Journal, Record
+from .record import RECORDS, Completion, Journal, Record
 from .sandbox import SandboxLimits, Verdict, run_all
 from .subject import Prompt, Subject
 from .task import EvalOptions
 
-COMPLETIONS, RECORDS = "completions.jsonl", "records.jsonl"
-
-#: Answers that are asked for between two looks at the journal: all of a large task would be tokenised at once.
-_CHUNK = 4096
+COMPLETIONS = "completions.jsonl"
 
 
 def run(
@@ -69,14 +66,12 @@ def _complete(
     missing = [(problem, sample) for problem, sample in jobs if (problem.task_id, sample) not in known]
     with progress(f"{label}: answering", len(jobs)) as advance:
         advance(len(jobs) - len(missing))
-        for start in range(0, len(missing), _CHUNK):
-            part = missing[start : start + _CHUNK]
-            prompts = [prompt_of(problem, options) for problem, _ in part]
-            params = [params_of(problem, sample, options) for problem, sample in part]
-            for index, said in subject.answers(prompts, params):
-                problem, sample = part[index]
-                journal.append(Completion(task_id=problem.task_id, sample=sample, **vars(said)))
-                advance(1)
+        prompts = [prompt_of(problem, options) for problem, _ in missing]
+        params = [params_of(problem, sample, options) for problem, sample in missing]
+        for index, said in subject.answers(prompts, params):
+            problem, sample = missing[index]
+            journal.append(Completion(task_id=problem.task_id, sample=sample, **vars(said)))
+            advance(1)
     order = {(problem.task_id, sample): place for place, (problem, sample) in enumerate(jobs)}
     return sorted(journal.rows, key=lambda row: order[row.task_id, row.sample])
 

@@ -11,7 +11,7 @@ from flabc.errors import CorpusError, EngineError, UsageError
 
 from .divergence import Divergence
 from .perplexity import score_text
-from .record import Journal, Record
+from .record import RECORDS, Journal, Record
 from .subject import Local, Server
 
 #: What one document adds up to.
@@ -56,7 +56,7 @@ def read_kl(
 def _read(texts: Mapping[str, str], measure: Measure, folder: Path, doing: str) -> list[Record]:
     if not any(texts.values()):
         raise CorpusError("There is no text to score.")
-    journal = Journal(folder / "records.jsonl", Record)
+    journal = Journal(folder / RECORDS, Record)
     known = {row.task_id for row in journal.rows}
     with progress(doing, len(texts)) as advance:
         for name, text in texts.items():

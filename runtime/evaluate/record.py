@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 T = TypeVar("T", bound=BaseModel)
 
+#: Where a run keeps its records while it is not finished.
+RECORDS = "records.jsonl"
+
 
 class Completion(BaseModel):
     """An answer that is not graded yet.

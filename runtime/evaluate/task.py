@@ -135,10 +135,8 @@ class EvalOptions(BaseModel):
         return tuple(k for k in self.k if k <= self.samples) or (1,)
 
     def identity(self) -> dict[str, Any]:
-        """What answers depend on: two runs with the same may share them."""
-        return self.model_dump(
-            mode="json", exclude={"k", "batch", "threads", "timeout_s", "tokenizer", "allow_code_execution"}
-        )
+        """What answers and verdicts depend on: two runs with the same may share them."""
+        return self.model_dump(mode="json", exclude={"k", "batch", "threads", "tokenizer", "allow_code_execution"})
 
 
 def check(options: EvalOptions) -> None:

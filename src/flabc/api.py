@@ -357,6 +357,8 @@ def diff(before: str | Path, after: str | Path) -> Diff:
     if tasks[0] != tasks[1]:
         raise UsageError("These evaluations are of different tasks.", expected=tasks[0], found=tasks[1])
     found = list(pairs(read_records(Path(after)), read_records(Path(before))))
+    if not any(pair.baseline for pair in found):
+        raise UsageError("These evaluations have no graded problem in common.", expected="tasks that pass or fail")
     by_state = {state: tuple(pair.task_id for pair in found if pair.state == state) for state in ("gained", "lost")}
     return Diff(
         before=results[0].target.model,

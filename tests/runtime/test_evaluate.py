@@ -77,6 +77,8 @@ def test_a_run_that_was_cut_off_goes_on(tiny_engine: Path, tmp_path: Path, monke
     assert not out.exists()
     with pytest.raises(UsageError, match=r"unfinished run.*--force"):
         api.evaluate(tiny_engine, QUICK.model_copy(update={"max_tokens": 9}), output=out)
+    with pytest.raises(UsageError, match="unfinished run"):  # verdicts depend on it
+        api.evaluate(tiny_engine, QUICK.model_copy(update={"timeout_s": 30.0}), output=out)
     resumed = api.evaluate(tiny_engine, QUICK, output=out)
     assert asked == [4, 2]
     assert resumed.target.seconds is None
@@ -127,6 +129,8 @@ def test_diff_lists_what_was_gained_and_lost(
     api.evaluate(tiny_engine, EvalOptions(limit=2), output=tmp_path / "text")
     with pytest.raises(UsageError, match="different tasks"):
         api.diff(tmp_path / "monday", tmp_path / "text")
+    with pytest.raises(UsageError, match="no graded problem"):
+        api.diff(tmp_path / "text", tmp_path / "text")
     with pytest.raises(ArtifactError):
         api.diff(tmp_path / "monday", tiny_engine)
 
