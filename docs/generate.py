@@ -29,6 +29,10 @@ QUALITY = {
 }
 
 
+#: The model that is asked in torch and in its engine.
+PARITY = "qwen2.5-coder-0.5b"
+
+
 def generated() -> dict[Path, str]:
     """Every generated file and its content."""
     return {
@@ -51,7 +55,21 @@ def readme() -> str:
         "of the ratio."
     )
     text = between(text, "results", f"{table.as_markdown(table.rows(result))}\n\n{where}")
-    return between(text, "quality", quality())
+    return between(between(text, "quality", quality()), "parity", parity())
+
+
+def parity() -> str:
+    """What exporting alone costs on a real code model."""
+    file = RESULTS / f"{PARITY}.torch.json"
+    result = EvalResult.model_validate_json(file.read_text(encoding="utf-8"))
+    (row,) = result.rows
+    assert row.baseline is not None
+    torch_right, engine_right = (round(side.value * side.n) for side in (row.baseline, row.target))
+    return (
+        f"Engine and torch say the same: the dense {PARITY} passes {torch_right} of HumanEval's {row.target.n} problems "
+        f"in float32 torch\nand {engine_right} in its float32 engine, {row.gained} gained and {row.lost} lost "
+        f"(raw completion; `perf/results/{file.name}`)."
+    )
 
 
 def quality() -> str:
