@@ -66,7 +66,7 @@ def parity() -> str:
     assert row.baseline is not None
     torch_right, engine_right = (round(side.value * side.n) for side in (row.baseline, row.target))
     return (
-        f"Engine and torch say the same: the dense {PARITY} passes {torch_right} of HumanEval's {row.target.n} problems "
+        f"Engine and torch say the same: dense {PARITY} passes {torch_right} of HumanEval's {row.target.n} problems "
         f"in float32 torch\nand {engine_right} in its float32 engine, {row.gained} gained and {row.lost} lost "
         f"(raw completion; `perf/results/{file.name}`)."
     )
