@@ -73,14 +73,22 @@ class LayersConfig(Config):
         "sub-blocks loads in transformers with trust_remote_code, by a small module in its folder.",
     )
     fraction: float | None = Field(None, gt=0, lt=1, description="Share of these parts to remove.")
-    count: int | None = Field(None, gt=0, description="Number of these parts to remove.")
+    count: int | None = Field(
+        None, gt=0, description="Number of these parts to remove; without it and 'fraction', what the target needs."
+    )
     criterion: Annotated[str, *known("criterion", CRITERIA)] = Field("kl", description="What absence costs.")
+    order: Literal["greedy", "one_shot", "consecutive"] = Field(
+        "greedy",
+        description="Measure anew after each removal; or once, and take the cheapest; or one run of layers.",
+    )
     sequences: int = Field(8, gt=0, description="Sequences to compare on: ranking layers needs fewer than statistics.")
 
     @model_validator(mode="after")
-    def _one_amount(self) -> LayersConfig:
-        if (self.fraction is None) == (self.count is None):
-            raise ValueError("give exactly one of 'fraction' and 'count'")
+    def _consistent(self) -> LayersConfig:
+        if self.fraction is not None and self.count is not None:
+            raise ValueError("give at most one of 'fraction' and 'count'")
+        if self.order == "consecutive" and self.parts == "sub_blocks":
+            raise ValueError("a run is of one kind of part: 'consecutive' does not go with 'sub_blocks'")
         return self
 
 

@@ -137,6 +137,24 @@ class Walk:
         return {"position_ids": ids, "position_embeddings": rotary(hidden[:1], ids)}
 
     @torch.no_grad()
+    def stream(self, variant: Variant) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor]]]:
+        """The residual stream of a variant: before, between the sub-blocks of, and after each layer, (N, T, D) each."""
+        hidden = self.embed()
+        positions = self.positions(hidden)
+        for index, decision in enumerate(variant):
+            weights = self.fetch(index)
+            between = self._half(index, Decision(decision.attention, ffn=False), weights, hidden, positions)
+            after = self._half(index, Decision(attention=False, ffn=decision.ffn), weights, between, positions)
+            yield index, (hidden, between, after)
+            hidden = after
+
+    def _half(
+        self, index: int, half: Decision, weights: Mapping[str, Tensor], hidden: Tensor, positions: Mapping[str, Any]
+    ) -> Tensor:
+        """One sub-block of a layer and the residual around it."""
+        return hidden if half.skips else forward(build_layer(self.model, index, half, weights), hidden, positions)
+
+    @torch.no_grad()
     def readouts(self, hidden: Mapping[Variant, Tensor]) -> Iterator[dict[Variant, Readout]]:
         """What each variant says, a few hundred tokens at a time, the same tokens for all.
 

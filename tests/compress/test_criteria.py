@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from flabc.compress.config import FFNConfig, LayersConfig
-from flabc.compress.criteria import CRITERIA, Readout, kl, perplexity
+from flabc.compress.criteria import CRITERIA, Readout, Readouts, angular, bi, kl, last_token_cosine, perplexity
 from flabc.errors import FlabcError
 from flabc.recipe import Recipe, load
 
@@ -57,11 +57,20 @@ def test_perplexity_is_the_surprise_at_what_came_next() -> None:
 
 def test_every_criterion_costs_each_token_alone() -> None:
     dense, variant = readout(1), readout(2)
-    for criterion in CRITERIA.values():
+    for criterion in (each.cost for each in CRITERIA.values() if isinstance(each, Readouts)):
         whole = criterion(dense, variant)
         assert whole.shape == (20,)
         last = (Readout(each.log_probs[-1:], each.targets[-1:]) for each in (dense, variant))
         torch.testing.assert_close(criterion(*last), whole[-1:])
+
+
+def test_the_streams_criteria_are_cosines_and_angles() -> None:
+    before = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])
+    after = torch.tensor([[[3.0, 0.0], [1.0, 1.0]]])  # no turn, and an eighth
+    assert bi(before, after).flatten().tolist() == pytest.approx([0, 1 - math.sqrt(0.5)], abs=1e-6)
+    assert float(last_token_cosine(before, after)) == pytest.approx(1 - math.sqrt(0.5))
+    assert float(angular(before, after)) == pytest.approx(0.25)
+    assert float(angular(before, -before)) == pytest.approx(1)
 
 
 def choices(config: Any, field: str) -> list[str]:

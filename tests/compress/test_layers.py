@@ -94,6 +94,82 @@ def test_a_cut_model_saved_loads_with_transformers_as_the_model_without_the_laye
     assert torch.equal(log_probs(loaded.eval(), tokens), log_probs(with_layers(theirs, list(made.keep)), tokens))
 
 
+@torch.no_grad()
+def residuals(theirs: Any, tokens: Tensor) -> list[Tensor]:
+    """The stream before each layer and after the last, without the final norm."""
+    seen: list[Tensor] = []
+    hooks = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for layer in theirs.model.layers]
+    hooks.append(theirs.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0])))
+    theirs(tokens, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def turn(before: Tensor, after: Tensor) -> float:
+    return float(1 - functional.cosine_similarity(before, after, dim=-1).mean())
+
+
+@pytest.mark.parametrize("criterion", ["bi", "last_token_cosine"])
+@pytest.mark.parametrize("order", ["greedy", "one_shot"])
+def test_layers_that_turn_the_stream_least_go_first(
+    pair: tuple[CausalLM, Any], make_context: MakeContext, criterion: str, order: str
+) -> None:
+    ours, theirs = pair
+    context = make_context(ours)
+    at = slice(None) if criterion == "bi" else slice(-1, None)
+    keep, removed = list(range(theirs.config.num_hidden_layers)), []
+    for step in range(2):
+        if step == 0 or order == "greedy":
+            stream = residuals(with_layers(theirs, keep), context.tokens(ours)[:4])
+            costs = {layer: turn(b[:, at], a[:, at]) for layer, (b, a) in zip(keep, pairwise(stream), strict=True)}
+        removed.append(min((layer for layer in keep), key=costs.__getitem__))
+        keep.remove(removed[-1])
+    made = layers.plan(ours, layers_config(count=2, criterion=criterion, order=order, sequences=4), context)
+    assert [entry["layer"] for entry in made.details["removed"]] == removed
+    assert made.details["removed"][-1][criterion] == pytest.approx(costs[removed[-1]], rel=1e-3, abs=1e-5)
+
+
+def test_a_run_of_layers_is_the_one_that_turns_the_stream_least(
+    pair: tuple[CausalLM, Any], make_context: MakeContext
+) -> None:
+    ours, theirs = pair
+    context = make_context(ours)
+    stream = [state[:, -1] for state in residuals(theirs, context.tokens(ours)[:4])]
+    angles = [functional.cosine_similarity(stream[at], stream[at + 2], dim=-1).arccos().mean() for at in range(2)]
+    config = layers_config(count=2, criterion="angular", order="consecutive", sequences=4)
+    made = layers.plan(ours, config, context)
+    first = angles.index(min(angles))
+    assert made.keep == tuple(layer for layer in range(3) if layer not in (first, first + 1))
+    assert made.details["removed"][0]["angular"] == pytest.approx(float(min(angles)) / torch.pi, rel=1e-3)
+
+
+def test_the_turn_of_a_sub_block_is_that_of_its_own_residual(
+    one_pair: tuple[CausalLM, Any], make_context: MakeContext
+) -> None:
+    ours, theirs = one_pair
+    context = make_context(ours)
+    between: list[Tensor] = []
+    for layer in theirs.model.layers:
+        layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: between.append(args[0]))
+    stream = residuals(theirs, context.tokens(ours)[:4])
+    costs = {(layer, "attention"): turn(stream[layer], between[layer]) for layer in range(3)}
+    costs |= {(layer, "ffn"): turn(between[layer], stream[layer + 1]) for layer in range(3)}
+    config = layers_config(count=1, criterion="bi", parts="sub_blocks", sequences=4)
+    (entry,) = layers.plan(ours, config, context).details["removed"]
+    assert (entry["layer"], entry["part"]) == min(costs, key=costs.__getitem__)
+    assert entry["bi"] == pytest.approx(min(costs.values()), rel=1e-3)
+
+
+def test_without_an_amount_the_target_says_how_many_go(
+    one_pair: tuple[CausalLM, Any], make_context: MakeContext
+) -> None:
+    ours, theirs = one_pair
+    spare, total = 2 * layer_parameters(theirs) + 5, theirs.num_parameters()
+    context = make_context(ours, keep=(total - spare) / total)
+    assert len(layers.plan(ours, layers_config(), context).keep) == 1
+
+
 def layer_parameters(theirs: Any) -> int:
     return sum(parameter.numel() for parameter in theirs.model.layers[0].parameters())
 
@@ -144,7 +220,11 @@ def test_costs_grow_as_more_is_removed(one_pair: tuple[CausalLM, Any], make_cont
     assert f"{costs[-1]:.4f}" in made.summary
 
 
-@pytest.mark.parametrize("fields", [{}, {"count": 1, "fraction": 0.5}])
-def test_a_recipe_says_one_amount(fields: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="exactly one of"):
-        layers_config(**fields)
+def test_a_recipe_says_one_amount() -> None:
+    with pytest.raises(ValueError, match="at most one of"):
+        layers_config(count=1, fraction=0.5)
+
+
+def test_a_run_is_of_one_kind_of_part() -> None:
+    with pytest.raises(ValueError, match="does not go with"):
+        layers_config(order="consecutive", parts="sub_blocks")
