@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, WithJsonSchema, model_validator
 
 from flabc.errors import UnknownNameError
+from flabc.spec import BYTES_PER_PARAMETER
 
+from .allocate import ALLOCATIONS
 from .criteria import CRITERIA
 from .data.corpus import CORPORA
 from .score import SCORES
@@ -36,10 +38,35 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Cut(Config):
+    """What the configs of all stages share."""
+
+    @property
+    def takes_the_rest(self) -> bool:
+        """Whether the stage does not say how much it removes: then it is what the target still needs."""
+        return False
+
+
 class Target(Config):
     """How much of the model is to be left over; stages cut until it is reached and never beyond it."""
 
-    params: float = Field(gt=0, lt=1, description="Fraction of the dense model's parameters to keep.")
+    params: Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(gt=1)] | None = Field(
+        None, description="Parameters to keep: a fraction of the dense model's, or a number."
+    )
+    block_params: float | None = Field(
+        None, gt=0, lt=1, description="Fraction of the parameters inside the layers to keep, vocabulary not counted."
+    )
+    bytes: ByteSize | None = Field(None, gt=0, description="Bytes of the weights at 'precision', e.g. 300MB or 1GiB.")
+    precision: Annotated[str, *known("precision", BYTES_PER_PARAMETER)] = Field(
+        "bf16", description="What 'bytes' counts in."
+    )
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> Target:
+        given = [name for name in ("params", "block_params", "bytes") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of 'params', 'block_params' and 'bytes' (given: {given or 'none'})")
+        return self
 
 
 class Calibration(Config):
@@ -52,7 +79,7 @@ class Calibration(Config):
     sequence_length: int = Field(512, gt=1, description="Tokens per sequence.")
 
 
-class VocabConfig(Config):
+class VocabConfig(Cut):
     """Keep the tokens that the corpus needs, and everything that the tokenizer needs to make them."""
 
     stage: Literal["vocab"] = "vocab"
@@ -63,7 +90,7 @@ class VocabConfig(Config):
     multiple_of: int = Field(64, gt=0, description="The number of rows is a multiple of this.")
 
 
-class LayersConfig(Config):
+class LayersConfig(Cut):
     """Remove layers or sub-blocks one after another, each time the one whose absence costs least."""
 
     stage: Literal["layers"] = "layers"
@@ -83,6 +110,11 @@ class LayersConfig(Config):
     )
     sequences: int = Field(8, gt=0, description="Sequences to compare on: ranking layers needs fewer than statistics.")
 
+    @property
+    def takes_the_rest(self) -> bool:
+        """Whether neither a count nor a fraction is given."""
+        return self.count is None and self.fraction is None
+
     @model_validator(mode="after")
     def _consistent(self) -> LayersConfig:
         if self.fraction is not None and self.count is not None:
@@ -92,29 +124,48 @@ class LayersConfig(Config):
         return self
 
 
-class FFNConfig(Config):
-    """Remove FFN channels, the same number in every layer."""
+class WidthsConfig(Cut):
+    """Narrow layers: remove FFN channels, and attention heads by whole KV groups."""
 
-    stage: Literal["ffn"] = "ffn"
+    stage: Literal["widths"] = "widths"
+    of: tuple[Literal["ffn", "heads"], ...] = Field(("ffn",), min_length=1, description="What is narrowed.")
     rate: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="Share of the channels to remove; without it, what the target still needs.",
+        description="Share of the parameters of what is narrowed to remove; without it, what the target still needs.",
     )
-    score: Annotated[str, *known("score", SCORES)] = Field("activation", description="What a channel is worth.")
+    rates: dict[Literal["ffn", "heads"], tuple[Annotated[float, Field(ge=0, lt=1)], ...]] | None = Field(
+        None, description="The share to remove for each layer of each kind, in place of an allocation."
+    )
+    allocation: Annotated[str, *known("allocation", ALLOCATIONS)] = Field(
+        "uniform", description="How the rate is spread over the layers."
+    )
+    slope: float = Field(0.0, description="For 'ramp': by how much a layer's rate exceeds that of the one before.")
+    score: Annotated[str, *known("score", SCORES)] = Field("obs", description="What a channel or head is worth.")
     restore: bool = Field(True, description="Refit the output projection to the dense output (least squares).")
-    multiple_of: int = Field(64, gt=0, description="The width left is a multiple of this.")
+    multiple_of: int = Field(64, gt=0, description="The number of FFN channels left is a multiple of this.")
+
+    @property
+    def takes_the_rest(self) -> bool:
+        """Whether neither a rate nor rates are given."""
+        return self.rate is None and self.rates is None
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> WidthsConfig:
+        if self.rate is not None and self.rates is not None:
+            raise ValueError("give at most one of 'rate' and 'rates'")
+        return self
 
 
-class RestoreConfig(Config):
+class RestoreConfig(Cut):
     """Refit every FFN output projection in turn, so that the cut model's hidden states follow the dense model's."""
 
     stage: Literal["restore"] = "restore"
     damping: float = Field(0.01, gt=0, description="Pull towards the weights as they are, as a share of the inputs.")
 
 
-StageConfig = Annotated[VocabConfig | LayersConfig | FFNConfig | RestoreConfig, Field(discriminator="stage")]
+StageConfig = Annotated[VocabConfig | LayersConfig | WidthsConfig | RestoreConfig, Field(discriminator="stage")]
 
 #: The stages by name, for messages.
 STAGE_NAMES = tuple(config.model_fields["stage"].default for config in get_args(get_args(StageConfig)[0]))

@@ -142,6 +142,19 @@ def cut_channels(model: CausalLM, keep: Mapping[int, Sequence[int]]) -> CausalLM
     return replace(model, spec=model.spec.model_copy(update={"layers": tuple(layers)}), weights=weights)
 
 
+def cut_heads(model: CausalLM, keep: Mapping[int, Sequence[int]]) -> CausalLM:
+    """Keep these KV groups of each layer named, each with its query heads, in this order; exact for what stays."""
+    weights, layers, size = dict(model.weights), list(model.spec.layers), model.spec.head_dim
+    for layer, groups in keep.items():
+        group = layers[layer].num_attention_heads // layers[layer].num_key_value_heads
+        for axis, width in ((Axis.KV, size), (Axis.QUERY, group * size)):
+            rows = [at * width + offset for at in groups for offset in range(width)]
+            _take(weights, model.family.layer_tensors, axis, rows, layer)
+        heads = {"num_attention_heads": group * len(groups), "num_key_value_heads": len(groups)}
+        layers[layer] = _resized(layers[layer], **heads)
+    return replace(model, spec=model.spec.model_copy(update={"layers": tuple(layers)}), weights=weights)
+
+
 def _resized(layer: LayerSpec, **sizes: int) -> LayerSpec:
     return LayerSpec(**{**layer.model_dump(), **sizes})
 

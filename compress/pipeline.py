@@ -12,9 +12,10 @@ import torch
 
 from flabc.console import note
 from flabc.errors import FlabcError, StageError, UsageError
+from flabc.families import Part
+from flabc.spec import BYTES_PER_PARAMETER, ModelSpec
 
-from .channels import FFN
-from .config import Calibration, Config, FFNConfig, LayersConfig, RestoreConfig, Target, VocabConfig
+from .config import Calibration, Config, LayersConfig, RestoreConfig, Target, VocabConfig, WidthsConfig
 from .data import corpus
 from .data.corpus import Document
 from .layers import LAYERS
@@ -23,12 +24,13 @@ from .restore import RESTORE
 from .stage import Context, Stage, encoder
 from .vocab import VOCAB
 from .walk import Walk, dense_variant
+from .widths import WIDTHS
 
 #: The stages, by the config that asks for them.
 STAGES: dict[type[Config], Stage[Any, Any]] = {
     VocabConfig: VOCAB,
     LayersConfig: LAYERS,
-    FFNConfig: FFN,
+    WidthsConfig: WIDTHS,
     RestoreConfig: RESTORE,
 }
 
@@ -128,6 +130,18 @@ def bits_per_byte(model: CausalLM, context: Context) -> float:
     return round(nats / log(2) / max(1.0, weight), 5)
 
 
+def parameters_left(target: Target, spec: ModelSpec) -> int:
+    """How many parameters a target leaves of a dense model."""
+    total = spec.num_parameters
+    if target.block_params is not None:
+        inside = sum(spec.parameters()[part] for part in (Part.ATTENTION, Part.FFN))
+        return total - round(inside * (1 - target.block_params))
+    if target.bytes is not None:
+        return int(target.bytes / BYTES_PER_PARAMETER[target.precision])
+    amount = target.params or 0
+    return round(total * amount) if amount < 1 else int(amount)
+
+
 def _check_target(model: CausalLM, context: Context) -> None:
     wanted, found = context.target_parameters, model.spec.num_parameters
     if wanted is not None and found > wanted:
@@ -135,8 +149,8 @@ def _check_target(model: CausalLM, context: Context) -> None:
         raise StageError(
             "The recipe's stages do not reach its target.",
             expected=f"at most {wanted:,} parameters",
-            found=f"{found:,}, which is target.params={nearest:.3f}",
-            fix="Raise target.params to that, or let the stages cut more; an ffn stage without a rate takes the rest.",
+            found=f"{found:,}; the nearest is target.params={nearest:.3f}",
+            fix="Raise the target to that, or let the stages cut more; a stage without an amount takes the rest.",
         )
 
 
@@ -157,7 +171,7 @@ def _context(model: CausalLM, target: Target | None, calibration: Calibration, d
         calibration=calibration,
         documents=corpus.load(calibration.corpus, "calibration"),
         heldout=corpus.load(calibration.corpus, "heldout"),
-        target_parameters=round(model.spec.num_parameters * target.params) if target else None,
+        target_parameters=parameters_left(target, model.spec) if target else None,
         device=place,
         dtype=compute_dtype(place),
         seed=seed,

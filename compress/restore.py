@@ -16,12 +16,10 @@ from torch import Tensor
 from flabc.console import progress
 
 from .config import RestoreConfig
+from .gram import DAMPING, damped, product
 from .model import CausalLM, cut_vocab
 from .stage import Context, Plan, Stage
 from .walk import WHOLE, Walk, build_layer, forward
-
-#: Damping of the normal equations, as a share of the mean diagonal (GPTQ's convention, Frantar et al., 2022).
-DAMPING = 0.01
 
 #: Tokens whose inputs are held in float32 at once.
 TOKENS = 2048
@@ -110,9 +108,8 @@ def explain(gap: Tensor, inputs: Tensor, damping: float) -> Tensor:
     right = torch.zeros(inputs.shape[1], gap.shape[1], device=inputs.device)
     # In pieces: a float32 copy of all inputs is what this stage would otherwise spend most of its time on.
     for part, lacking in zip(inputs.split(TOKENS), gap.split(TOKENS), strict=True):  # type: ignore[no-untyped-call]
-        x = part.float()
-        gram += x.T @ x
-        right += x.T @ lacking
+        gram += product(part, part)
+        right += product(part, lacking)
     return _solve(gram.double(), right.double(), damping).T.float()
 
 
@@ -137,12 +134,6 @@ def refit(weight: Tensor, gram: Tensor, keep: Tensor, damping: float = DAMPING) 
     # What the removed inputs gave is the gap that the kept ones have to explain.
     change = _solve(gram[keep][:, keep], gram[keep][:, gone] @ weight[:, gone].T, damping)  # (K, D)
     return (weight[:, keep] + change.T).float()
-
-
-def damped(gram: Tensor, damping: float = DAMPING) -> Tensor:
-    """G + λI with λ as a share of G's mean diagonal."""
-    ridge = damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return gram + ridge
 
 
 def _solve(gram: Tensor, right: Tensor, damping: float) -> Tensor:

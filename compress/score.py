@@ -1,7 +1,9 @@
-"""What an FFN channel is worth: pure functions of a layer's weights and of what was heard during calibration.
+"""What a unit is worth: pure functions of a projection's weights and of what it received during calibration.
 
-To add a score, write a function and list it in ``SCORES``. A channel j contributes ``x_j * down[:, j]`` to the
-layer's output, where x is what the output projection receives.
+A unit is an FFN channel, heard at the FFN's output projection, or a KV group with its query heads, heard at the
+attention's. Unit u owns ``unit`` neighbouring inputs of the projection and contributes ``x_u @ weight[:, u].T``.
+
+To add a score, write a function and list it in ``SCORES``. Letters: D hidden_size, F inputs, U units, F = U * unit.
 """
 
 from __future__ import annotations
@@ -19,65 +21,73 @@ class Heard:
     """One layer's output projection and its inputs.
 
     Args:
-        down: the projection's weight, (D, F), float32.
+        weight: the projection's weight, (D, F), float32.
         gram: the inputs' Gram matrix, the sum over tokens of x xᵀ, (F, F), float32.
         total: the sum of the inputs over tokens, (F,), float32.
         tokens: how many tokens were heard.
+        unit: inputs that belong to one unit.
     """
 
-    down: Tensor
+    weight: Tensor
     gram: Tensor
     total: Tensor
     tokens: int
+    unit: int = 1
 
     @property
     def mean_square(self) -> Tensor:
-        """The mean square of each input channel, (F,)."""
+        """The mean square of each input, (F,)."""
         return self.gram.diagonal() / self.tokens
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance of each input, (F,)."""
+        spread = self.gram.diagonal() - self.total.square() / self.tokens
+        return spread.clamp(min=0) / max(1, self.tokens - 1)
+
+    def per_unit(self, worth: Tensor) -> Tensor:
+        """What the inputs of each unit are worth together, (F,) to (U,)."""
+        return worth.reshape(-1, self.unit).sum(-1)
 
 
 def magnitude(heard: Heard) -> Tensor:
-    """The norm of the channel's output weights, (F,): no calibration."""
-    norm: Tensor = heard.down.norm(dim=0)
-    return norm
+    """The norm of the unit's output weights, (U,): no calibration."""
+    return heard.per_unit(heard.weight.square().sum(0)).sqrt()
 
 
 def activation(heard: Heard) -> Tensor:
-    """The norm of the channel's activations, (F,), as in 2SSP (Sandri et al., 2025)."""
-    return heard.mean_square.sqrt()
+    """The norm of the unit's activations, (U,), as in 2SSP (Sandri et al., 2025)."""
+    return heard.per_unit(heard.mean_square).sqrt()
 
 
 def wanda(heard: Heard) -> Tensor:
-    """Activation norm times weight norm, (F,): Wanda (Sun et al., 2023) for whole channels."""
-    return heard.mean_square.sqrt() * magnitude(heard)
+    """Activation norm times weight norm, (U,): Wanda-sp, Wanda (Sun et al., 2023) for whole units."""
+    return heard.per_unit(heard.mean_square.sqrt() * heard.weight.norm(dim=0))
 
 
 def wifv(heard: Heard) -> Tensor:
-    """Variance of the channel's activations times its squared weight norm, (F,): FLAP (An et al., 2023).
+    """Variance of the unit's activations times its squared weight norm, (U,): FLAP (An et al., 2023).
 
-    A channel that hardly varies can be replaced by its mean, whatever that is.
+    An input that hardly varies can be replaced by its mean, whatever that is.
     """
-    spread = heard.gram.diagonal() - heard.total.square() / heard.tokens
-    return spread.clamp(min=0) / max(1, heard.tokens - 1) * magnitude(heard).square()
+    return heard.per_unit(heard.variance * heard.weight.square().sum(0))
 
 
 def obs(heard: Heard) -> Tensor:
-    """Output error that is left when the channel goes and all others are refitted, (F,), per token.
+    """Output error per token that goes with the unit when all that are worth more are refitted, (U,).
 
-    Optimal Brain Surgeon (Hassibi and Stork, 1992) for a whole channel: ||w_j||² / [H⁻¹]_jj, with H the damped Gram
-    matrix. Unlike the other scores it knows which channels say the same.
+    Optimal Brain Surgeon (Hassibi and Stork, 1992) for whole units, one after another as in ZipLM (Kurtic et al.,
+    2023): the least costly goes, the others are refitted, and again. Unlike the other scores it knows which units say
+    the same.
     """
-    import torch
+    from .elimination import costs
 
-    from .restore import damped
-
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(heard.gram.double())))
-    return magnitude(heard).square() / inverse.diagonal().float() / heard.tokens
+    return costs(heard.weight, heard.gram / heard.tokens, heard.unit)
 
 
 def first_n(heard: Heard) -> Tensor:
-    """The channel's place, the first one highest, (F,): what Flab-Pruner's published code keeps. For comparison."""
-    return heard.down.new_tensor(range(heard.down.shape[1], 0, -1))
+    """The unit's place, the first one highest, (U,): what Flab-Pruner's published code keeps. For comparison."""
+    return heard.weight.new_tensor(range(heard.weight.shape[1] // heard.unit, 0, -1))
 
 
 SCORES: dict[str, Callable[[Heard], Tensor]] = {

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,8 +50,8 @@ GONE = Decision(attention=False, ffn=False)
 
 Variant = tuple[Decision, ...]
 
-#: Called with a layer's number and its module before it runs for a variant; what it returns is removed after.
-Listener = Callable[[int, nn.Module], "torch.utils.hooks.RemovableHandle"]
+#: Given a layer's number and its module, what is open while the layer runs for a variant.
+Listener = Callable[[int, nn.Module], AbstractContextManager[None]]
 
 
 def dense_variant(spec: ModelSpec) -> Variant:
@@ -85,7 +86,7 @@ class Walk:
 
         Args:
             variants: each as long as the model has layers.
-            listener: attached to each layer while it runs; meant for walks with one variant.
+            listener: opened around each layer while it runs; meant for walks with one variant.
         """
         wanted = list(dict.fromkeys(variants))
         start = self.embed()
@@ -113,10 +114,8 @@ class Walk:
             hidden = states[prefix[:-1]]
             if not prefix[-1].skips:
                 layer = build_layer(self.model, index, prefix[-1], weights)
-                handle = listener(index, layer) if listener else None
-                hidden = forward(layer, hidden, positions)
-                if handle:
-                    handle.remove()
+                with listener(index, layer) if listener else nullcontext():
+                    hidden = forward(layer, hidden, positions)
                 advance(1)
             after[prefix] = hidden
         return after

@@ -135,7 +135,7 @@ def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "stages": [
             {"stage": "vocab", "max_size": 640},
             {"stage": "layers", "count": 1, "sequences": 4},
-            {"stage": "ffn", "multiple_of": 8},
+            {"stage": "widths", "multiple_of": 8},
         ],
     }
     file.write_text(json.dumps(recipe), encoding="utf-8")

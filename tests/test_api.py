@@ -39,9 +39,9 @@ def test_inspect_counts_what_transformers_counts(any_tiny: Path) -> None:
 def test_compress_reaches_the_target_and_records_itself(tiny_checkpoint: Path) -> None:
     manifest = Artifact.open(tiny_checkpoint, "checkpoint").manifest
     assert manifest.recipe is not None
-    assert [stage["stage"] for stage in manifest.recipe["stages"]] == ["vocab", "layers", "ffn"]
+    assert [stage["stage"] for stage in manifest.recipe["stages"]] == ["vocab", "layers", "widths"]
     stages = manifest.receipts["stages"]
-    assert [receipt["stage"] for receipt in stages] == ["vocab", "layers", "ffn"]
+    assert [receipt["stage"] for receipt in stages] == ["vocab", "layers", "widths"]
     assert manifest.spec == ModelSpec.from_config(json.loads((tiny_checkpoint / "config.json").read_text()))
     assert stages[-1]["parameters"] == manifest.spec.num_parameters
     assert manifest.receipts["quality"]["calibration"] != manifest.receipts["quality"]["heldout"]

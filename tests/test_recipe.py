@@ -39,15 +39,15 @@ def test_every_stage_that_a_recipe_can_name_can_be_run() -> None:
 
 def test_editors_are_offered_the_registered_names() -> None:
     definitions = recipe.Recipe.model_json_schema()["$defs"]
-    assert definitions["FFNConfig"]["properties"]["score"]["enum"] == sorted(SCORES)
+    assert definitions["WidthsConfig"]["properties"]["score"]["enum"] == sorted(SCORES)
     assert definitions["LayersConfig"]["properties"]["criterion"]["enum"] == sorted(CRITERIA)
 
 
 def test_overrides_reach_stages_by_name_and_number() -> None:
-    loaded = recipe.load("flab-22", ["target.params=0.5", "stages.ffn.score=wanda", "stages.0.max_size=4096"])
+    loaded = recipe.load("flab-22", ["target.params=0.5", "stages.widths.score=wanda", "stages.0.max_size=4096"])
     assert loaded.target is not None
     assert loaded.target.params == 0.5
-    assert {stage.stage: stage for stage in loaded.stages}["ffn"].score == "wanda"  # type: ignore[union-attr]
+    assert {stage.stage: stage for stage in loaded.stages}["widths"].score == "wanda"  # type: ignore[union-attr]
     assert loaded.stages[0].max_size == 4096  # type: ignore[union-attr]
 
 
@@ -61,7 +61,7 @@ def test_an_override_that_leads_nowhere_is_refused(override: str) -> None:
     ("stage", "guess"),
     [
         ({"stage": "vocabs"}, "Unknown stage 'vocabs'. Did you mean 'vocab'"),
-        ({"stage": "ffn", "rate": 0.1, "score": "activatoin"}, "Did you mean 'activation'"),
+        ({"stage": "widths", "rate": 0.1, "score": "activatoin"}, "Did you mean 'activation'"),
         ({"stage": "layers", "count": 1, "criterion": "kll"}, "Did you mean 'kl'"),
     ],
 )
@@ -74,12 +74,12 @@ def test_a_misspelt_name_gets_a_guess(tmp_path: Path, stage: dict[str, object], 
 @pytest.mark.parametrize(
     ("stages", "field"),
     [
-        ([{"stage": "ffn", "rate": 1.5}], "rate"),
+        ([{"stage": "widths", "rate": 1.5}], "rate"),
         ([{"stage": "vocab", "covrage": 0.9}], "covrage"),
-        ([{"stage": "layers"}], "exactly one"),
-        ([{"stage": "layers", "count": 1, "fraction": 0.1}], "exactly one"),
+        ([{"stage": "layers"}], "no 'target'"),
+        ([{"stage": "layers", "count": 1, "fraction": 0.1}], "at most one"),
         ([], "stages"),
-        ([{"stage": "ffn"}], "no 'target'"),
+        ([{"stage": "widths"}], "no 'target'"),
     ],
 )
 def test_a_wrong_field_is_named(tmp_path: Path, stages: list[object], field: str) -> None:

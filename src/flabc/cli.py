@@ -124,7 +124,7 @@ def compress(
 
     \b
     flabc compress smollm2-135m --recipe flab-22 -o pruned
-    flabc compress smollm2-135m -o pruned --set target.params=0.7 --set stages.ffn.score=wanda
+    flabc compress smollm2-135m -o pruned --set target.params=0.7 --set stages.widths.score=wanda
     """
     from flabc import api
     from flabc.project import Project, find, settle

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
-from flabc.compress.config import Calibration, Config, FFNConfig, StageConfig, Target, check_stage_name
+from flabc.compress.config import Calibration, Config, StageConfig, Target, check_stage_name
 from flabc.errors import RecipeError, UnknownNameError
 
 #: Where the shipped recipes lie.
@@ -28,11 +28,6 @@ class Recipe(Config):
     calibration: Calibration = Field(default_factory=lambda: Calibration.model_validate({}))
     stages: tuple[StageConfig, ...] = Field(min_length=1, description="What to cut, in order.")
 
-    @property
-    def needs_target(self) -> bool:
-        """Whether a stage cuts what the target still needs."""
-        return any(isinstance(stage, FFNConfig) and stage.rate is None for stage in self.stages)
-
 
 def shipped() -> dict[str, Path]:
     """The shipped recipes by name."""
@@ -45,7 +40,7 @@ def load(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Args:
         name: a shipped name, or the path of a YAML file.
         overrides: ``path=value`` each, e.g. ``target.params=0.7`` or ``stages.0.coverage=0.999``; a stage can also
-            be named: ``stages.ffn.score=wanda``.
+            be named: ``stages.widths.score=wanda``.
 
     Raises:
         UnknownNameError: for an unknown recipe or stage.
@@ -77,9 +72,10 @@ def parse(content: Mapping[str, Any], origin: str) -> Recipe:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise RecipeError(f"The recipe {origin} does not validate: {problems(error)}") from error
-    if recipe.needs_target and recipe.target is None:
+    open_ended = [stage.stage for stage in recipe.stages if stage.takes_the_rest]
+    if open_ended and recipe.target is None:
         raise RecipeError(
-            f"The recipe {origin} has an ffn stage without a 'rate' and no 'target'.",
+            f"The recipe {origin} has a {open_ended[0]} stage that does not say how much to remove, and no 'target'.",
             fix="Give it one of the two.",
         )
     return recipe

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from flabc.compress import checkpoint, load, pipeline
-from flabc.compress.config import Calibration, FFNConfig, LayersConfig, Target, VocabConfig
+from flabc.compress.config import Calibration, LayersConfig, Target, VocabConfig, WidthsConfig
 from flabc.compress.model import CausalLM
 from flabc.spec import ModelSpec
 
 VARIANTS = ["llama-tied", "llama-untied-biased", "qwen2-tied", "qwen2-untied"]
-STAGES = [VocabConfig(max_size=512), LayersConfig(count=1, sequences=4), FFNConfig(rate=0.25, multiple_of=4)]
+STAGES = [VocabConfig(max_size=512), LayersConfig(count=1, sequences=4), WidthsConfig(rate=0.25, multiple_of=4)]
 
 #: What anybody would run who has transformers and not flabc; it must not even import flabc.
 READER = """
@@ -156,7 +156,7 @@ def test_a_target_is_what_the_saved_model_has(tiny: Callable[[str], Path], corpu
 
     dense = load.load(str(tiny("llama-untied-biased")))
     calibration = Calibration.model_validate({"corpus": str(corpus_folder), "sequences": 4, "sequence_length": 48})
-    stages = [VocabConfig(max_size=512), LayersConfig(count=1), FFNConfig(multiple_of=4)]
+    stages = [VocabConfig(max_size=512), LayersConfig(count=1), WidthsConfig(multiple_of=4)]
     model, _, _ = pipeline.run(dense, stages, target=Target(params=0.6), calibration=calibration)
     checkpoint.write(model, tmp_path)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters()

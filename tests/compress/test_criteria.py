@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from flabc.compress.config import FFNConfig, LayersConfig
+from flabc.compress.config import LayersConfig, WidthsConfig
 from flabc.compress.criteria import CRITERIA, Readout, Readouts, angular, bi, kl, last_token_cosine, perplexity
 from flabc.errors import FlabcError
 from flabc.recipe import Recipe, load
@@ -91,4 +91,4 @@ def test_a_misspelt_criterion_is_answered_with_the_nearest(tmp_path: Any) -> Non
 
 def test_a_misspelt_field_is_refused() -> None:
     with pytest.raises(ValueError, match="extra"):
-        FFNConfig.model_validate({"ratio": 0.5})
+        WidthsConfig.model_validate({"ratio": 0.5})

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from flabc.compress import load, pipeline, stage
-from flabc.compress.config import Calibration, Config, FFNConfig, LayersConfig, Target, VocabConfig
+from flabc.compress.config import Calibration, Config, LayersConfig, Target, VocabConfig, WidthsConfig
 from flabc.compress.data import corpus
 from flabc.compress.data.corpus import Document
 from flabc.compress.model import CausalLM, TokenizerFiles
 from flabc.compress.stage import Plan, Stage
 from flabc.errors import CorpusError, ModelError, StageError, UsageError
 
-STAGES = (VocabConfig(max_size=512), LayersConfig(count=1, sequences=4), FFNConfig(multiple_of=4))
+STAGES = (VocabConfig(max_size=512), LayersConfig(count=1, sequences=4), WidthsConfig(multiple_of=4))
 Ran = tuple[CausalLM, list[pipeline.StageReceipt], dict[str, Any]]
 
 
@@ -39,7 +39,7 @@ def ran(tied: CausalLM, calibration: Calibration) -> Ran:
 
 def test_every_stage_leaves_a_receipt_in_order(tied: CausalLM, ran: Ran) -> None:
     model, receipts, _ = ran
-    assert [receipt.stage for receipt in receipts] == ["vocab", "layers", "ffn"]
+    assert [receipt.stage for receipt in receipts] == ["vocab", "layers", "widths"]
     sizes = [tied.spec.num_parameters, *(receipt.parameters for receipt in receipts)]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] == model.spec.num_parameters
@@ -48,10 +48,10 @@ def test_every_stage_leaves_a_receipt_in_order(tied: CausalLM, ran: Ran) -> None
 
 
 def test_the_receipts_tell_what_became_of_the_model(ran: Ran) -> None:
-    model, (vocab, layers, ffn), _ = ran
+    model, (vocab, layers, widths), _ = ran
     assert vocab.details["rows"] == model.spec.vocab_size == 512
     assert len(layers.details["removed"]) == 1 == layers.details["layers_before"] - len(model.spec.layers)
-    assert ffn.details["intermediate_size"] == model.spec.layers[0].intermediate_size
+    assert widths.details["ffn"]["after"] == [layer.intermediate_size for layer in model.spec.layers]
 
 
 def test_the_dense_model_is_left_as_it_was(tied: CausalLM, calibration: Calibration) -> None:
@@ -97,7 +97,7 @@ def test_bits_per_byte_are_a_number_even_where_all_texts_are_short(tied: CausalL
 
 
 def test_a_run_repeats_itself_and_another_seed_does_not(tied: CausalLM, calibration: Calibration) -> None:
-    stages = [FFNConfig(rate=0.5, multiple_of=4)]
+    stages = [WidthsConfig(rate=0.5, multiple_of=4)]
     first, again, other = (
         pipeline.run(tied, stages, target=None, calibration=calibration, seed=seed)[0].weights for seed in (0, 0, 1)
     )
@@ -108,7 +108,7 @@ def test_a_run_repeats_itself_and_another_seed_does_not(tied: CausalLM, calibrat
 @pytest.mark.parametrize(
     ("stages", "said"),
     [
-        ([FFNConfig()], "Stage 'ffn' stopped: The ffn stage does not know how much to remove."),
+        ([WidthsConfig()], "Stage 'widths' stopped: The widths stage does not know how much to remove."),
         ([VocabConfig(max_size=64)], "Stage 'vocab' stopped: The vocabulary cannot be cut to 64 rows."),
     ],
 )
@@ -127,9 +127,9 @@ def test_an_error_while_applying_names_the_stage_too(
     def broken(*_: Any) -> CausalLM:
         raise ModelError("It broke.")
 
-    monkeypatch.setitem(pipeline.STAGES, FFNConfig, Stage(lambda *_: Plan("ffn: nothing"), broken))
-    with pytest.raises(StageError, match=r"Stage 'ffn' stopped: It broke\."):
-        pipeline.run(tied, [FFNConfig(rate=0.5)], target=None, calibration=calibration)
+    monkeypatch.setitem(pipeline.STAGES, WidthsConfig, Stage(lambda *_: Plan("widths: nothing"), broken))
+    with pytest.raises(StageError, match=r"Stage 'widths' stopped: It broke\."):
+        pipeline.run(tied, [WidthsConfig(rate=0.5)], target=None, calibration=calibration)
 
 
 def test_texts_that_are_too_short_are_an_error_that_says_what_to_do(tied: CausalLM, corpus_folder: Path) -> None:

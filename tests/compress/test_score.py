@@ -1,6 +1,8 @@
-"""Scores of FFN channels, against numpy on the activations themselves."""
+"""Scores, against numpy on the activations themselves."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flabc.compress.config import FFNConfig
+from flabc.compress.config import WidthsConfig
 from flabc.compress.score import SCORES, Heard
 from flabc.recipe import Recipe
 
@@ -22,22 +24,31 @@ def root_mean_square(inputs: np.ndarray) -> np.ndarray:
     return np.sqrt(np.square(inputs).mean(axis=0))
 
 
-def error_after_refit(inputs: np.ndarray, down: np.ndarray) -> np.ndarray:
-    """Drop each channel in turn, refit the others by least squares, and look at what is missing."""
+def one_after_another(inputs: np.ndarray, down: np.ndarray, unit: int = 1) -> np.ndarray:
+    """Drop the unit whose loss refitting mends best, again and again; what each adds to the error, never less."""
     ridge = 0.01 * np.square(inputs).sum(0).mean()
     rows = np.vstack([inputs, np.sqrt(ridge) * np.eye(inputs.shape[1])])  # damped least squares as a plain one
     wanted = rows @ down.T
-    errors = []
-    for channel in range(inputs.shape[1]):
-        others = np.delete(rows, channel, axis=1)
-        found = others @ np.linalg.lstsq(others, wanted, rcond=None)[0]
-        errors.append(np.square(wanted - found).sum() / len(inputs))
-    return np.array(errors)
+
+    def error(units: list[int]) -> float:
+        kept = rows[:, [unit * u + at for u in units for at in range(unit)]]
+        found = kept @ np.linalg.lstsq(kept, wanted, rcond=None)[0] if units else 0 * wanted
+        return float(np.square(wanted - found).sum() / len(inputs))
+
+    left = list(range(inputs.shape[1] // unit))
+    worth, spent, before = np.zeros(len(left)), 0.0, 0.0
+    while left:
+        errors = {u: error([other for other in left if other != u]) for u in left}
+        going = min(errors, key=errors.__getitem__)
+        spent = max(spent, errors[going] - before)
+        before, worth[going] = errors[going], spent
+        left.remove(going)
+    return worth
 
 
 REFERENCES = {
     "first_n": lambda inputs, down: np.arange(inputs.shape[1], 0, -1),
-    "obs": error_after_refit,
+    "obs": one_after_another,
     "wifv": lambda inputs, down: (
         (inputs.var(axis=0, ddof=1) if len(inputs) > 1 else np.zeros(inputs.shape[1])) * np.square(down).sum(0)
     ),
@@ -57,6 +68,38 @@ def test_every_score_is_what_numpy_finds_on_the_activations(seed: int, tokens: i
         np.testing.assert_allclose(score(heard(inputs, down)).numpy(), REFERENCES[name](inputs, down), 2e-3, 1e-5)
 
 
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), tokens=st.integers(1, 40))
+def test_the_scores_of_heads_are_those_of_their_inputs_together(seed: int, tokens: int) -> None:
+    rng = np.random.default_rng(seed)
+    inputs, weight = rng.normal(size=(tokens, 12)), rng.normal(size=(5, 12))
+    groups = replace(heard(inputs, weight), unit=3)
+    for name, together in {
+        "magnitude": np.linalg.norm,
+        "activation": np.linalg.norm,
+        "wanda": np.sum,
+        "wifv": np.sum,
+    }.items():
+        expected = [together(each) for each in REFERENCES[name](inputs, weight).reshape(4, 3)]
+        np.testing.assert_allclose(SCORES[name](groups).numpy(), expected, 2e-3, 1e-5)
+    np.testing.assert_allclose(SCORES["obs"](groups).numpy(), one_after_another(inputs, weight, 3), 2e-3, 1e-5)
+    assert SCORES["first_n"](groups).tolist() == [4, 3, 2, 1]
+
+
+def test_what_obs_keeps_stands_in_best_for_what_goes() -> None:
+    """Also where several channels go between two updates of the inverse."""
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(600, 60)) @ rng.normal(size=(60, 192)) + 0.3 * rng.normal(size=(600, 192))
+    weight = rng.normal(size=(20, 192))
+
+    def error(score: str) -> float:
+        kept = SCORES[score](heard(inputs, weight)).topk(96).indices.numpy()
+        found = inputs[:, kept] @ np.linalg.lstsq(inputs[:, kept], inputs @ weight.T, rcond=None)[0]
+        return float(np.square(inputs @ weight.T - found).sum())
+
+    assert all(error("obs") < 0.95 * error(other) for other in ("wanda", "activation", "wifv", "magnitude"))
+
+
 def test_scores_worked_out_by_hand() -> None:
     two_tokens = heard(np.array([[3.0, 0.0], [4.0, 1.0]]), np.array([[3.0, 0.0], [4.0, 2.0]]))
     assert two_tokens.mean_square.tolist() == [12.5, 0.5]
@@ -66,5 +109,5 @@ def test_scores_worked_out_by_hand() -> None:
 
 
 def test_editors_are_offered_every_registered_score() -> None:
-    assert FFNConfig.model_json_schema()["properties"]["score"]["enum"] == sorted(SCORES)
-    assert Recipe.model_json_schema()["$defs"]["FFNConfig"]["properties"]["score"]["enum"] == sorted(SCORES)
+    assert WidthsConfig.model_json_schema()["properties"]["score"]["enum"] == sorted(SCORES)
+    assert Recipe.model_json_schema()["$defs"]["WidthsConfig"]["properties"]["score"]["enum"] == sorted(SCORES)

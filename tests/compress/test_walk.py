@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -87,7 +89,7 @@ def test_leaving_each_part_out_costs_what_a_model_without_it_costs(pair: tuple[C
     dense = dense_variant(ours.spec)
     parts = list(product(range(len(dense)), (GONE, NO_ATTENTION, NO_FFN)))
     hidden = walker.run([dense, *(without(dense, layer, decision) for layer, decision in parts)])
-    costs = walker.costs(hidden.pop(dense), hidden, CRITERIA["kl"])
+    costs = walker.costs(hidden.pop(dense), hidden, CRITERIA["kl"].cost)
     reference = log_probs(theirs, walker.tokens)
     for layer, decision in parts:
         cut = drop_layer(theirs, layer) if decision is GONE else silence(theirs, layer, decision)
@@ -102,7 +104,7 @@ def test_the_perplexity_criterion_is_the_cross_entropy_of_the_cut_model(one_pair
     dense = dense_variant(ours.spec)
     variant = without(dense, 1)
     hidden = walker.run([dense, variant])
-    found = walker.costs(hidden[dense], {variant: hidden[variant]}, CRITERIA["perplexity"])[variant]
+    found = walker.costs(hidden[dense], {variant: hidden[variant]}, CRITERIA["perplexity"].cost)[variant]
     said = log_probs(drop_layer(theirs, 1), walker.tokens)
     expected = torch.nn.functional.nll_loss(said, walker.tokens[:, 1:].flatten())
     assert found == pytest.approx(float(expected), rel=1e-4)
@@ -197,9 +199,12 @@ def test_the_listener_hears_each_layer_once_and_is_removed(tied: CausalLM) -> No
     heard: list[int] = []
     modules: list[torch.nn.Module] = []
 
-    def listener(index: int, module: torch.nn.Module) -> Any:
+    @contextmanager
+    def listener(index: int, module: torch.nn.Module) -> Iterator[None]:
         modules.append(module)
-        return module.register_forward_hook(lambda *_: heard.append(index))
+        handle = module.register_forward_hook(lambda *_: heard.append(index))
+        yield
+        handle.remove()
 
     walker = float_walk(tied)
     walker.run([dense_variant(tied.spec)], listener)

@@ -1,4 +1,4 @@
-"""The FFN stage and the refit, against transformers' hooks and numpy's least squares."""
+"""The widths stage and the refit, against transformers' hooks and numpy's least squares."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flabc.compress import channels, checkpoint
-from flabc.compress.config import FFNConfig
+from flabc.compress import checkpoint, widths
+from flabc.compress.config import WidthsConfig
 from flabc.compress.model import CausalLM, cut_channels
 from flabc.compress.restore import refit
+from flabc.compress.score import Heard
 from flabc.compress.stage import Context
+from flabc.compress.walk import Walk, dense_variant
 from flabc.errors import StageError
 
 MakeContext = Callable[..., Context]
@@ -28,8 +30,18 @@ MakeContext = Callable[..., Context]
 KEEP = {layer: [channel for channel in range(80) if channel % 5 != layer] for layer in range(3)}
 
 
-def ffn_config(**fields: Any) -> FFNConfig:
-    return FFNConfig.model_validate({"multiple_of": 8, **fields})
+def config_of(**fields: Any) -> WidthsConfig:
+    return WidthsConfig.model_validate({"multiple_of": 8, **fields})
+
+
+def kept(made: widths.WidthsPlan, kind: str = "ffn") -> dict[int, tuple[int, ...]]:
+    return {layer: units for (of, layer), units in made.keep.items() if of == kind}
+
+
+def heard_by(model: CausalLM, context: Context, kind: str) -> dict[int, Heard]:
+    heard: dict[int, Heard] = {}
+    widths.listen(model, (kind,), context, lambda place, found: heard.update({place[1]: found}))
+    return heard
 
 
 @torch.no_grad()
@@ -99,14 +111,14 @@ def test_every_tensor_of_a_channel_is_cut_biases_too(untied: CausalLM) -> None:
 def test_what_is_heard_is_what_transformers_hooks_hear(pair: tuple[CausalLM, Any], make_context: MakeContext) -> None:
     ours, theirs = pair
     context = make_context(ours)
-    heard = channels.listen(ours, context)
+    heard = heard_by(ours, context, "ffn")
     inputs = projection_inputs(theirs, context.tokens(ours))
     assert sorted(heard) == list(range(len(inputs)))
     for layer, x in enumerate(inputs):
         assert heard[layer].tokens == len(x) == 6 * 48
         torch.testing.assert_close(heard[layer].gram, x.T @ x, rtol=1e-3, atol=1e-3 * float(x.square().sum(0).max()))
         torch.testing.assert_close(heard[layer].mean_square, x.square().mean(0), rtol=1e-3, atol=1e-6)
-        assert torch.equal(heard[layer].down, theirs.model.layers[layer].mlp.down_proj.weight)
+        assert torch.equal(heard[layer].weight, theirs.model.layers[layer].mlp.down_proj.weight)
 
 
 @pytest.mark.parametrize("restore", [False, True])
@@ -115,29 +127,29 @@ def test_the_plan_tells_the_error_it_makes_and_applies_as_it_says(
 ) -> None:
     ours, theirs = pair
     context = make_context(ours)
-    made = channels.plan(ours, ffn_config(rate=0.5, restore=restore), context)
+    made = widths.plan(ours, config_of(rate=0.5, restore=restore), context)
     down = {
-        layer: theirs.model.layers[layer].mlp.down_proj.weight.detach()[:, list(k)] for layer, k in made.keep.items()
+        layer: theirs.model.layers[layer].mlp.down_proj.weight.detach()[:, list(k)] for layer, k in kept(made).items()
     }
-    down |= made.down
-    assert bool(made.down) == restore
+    down |= {layer: weight for (_, layer), weight in made.refitted.items()}
+    assert bool(made.refitted) == restore
     tokens = context.tokens(ours)
     for layer, x in enumerate(projection_inputs(theirs, tokens)):
         dense = x @ theirs.model.layers[layer].mlp.down_proj.weight.T
-        gap = dense - x[:, list(made.keep[layer])] @ down[layer].T
+        gap = dense - x[:, list(kept(made)[layer])] @ down[layer].T
         error = float((gap.square().sum() / dense.square().sum()).detach())
-        assert made.details["relative_output_error"][layer] == pytest.approx(error, rel=1e-2, abs=2e-5)
-    loaded = saved(channels.apply(ours, made), tmp_path)
-    expected = logits(zeroed(theirs, made.keep, down), tokens)
+        assert made.details["ffn"]["relative_output_error"][str(layer)] == pytest.approx(error, rel=1e-2, abs=2e-5)
+    loaded = saved(widths.apply(ours, made), tmp_path)
+    expected = logits(zeroed(theirs, kept(made), down), tokens)
     torch.testing.assert_close(logits(loaded, tokens), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_refitting_lowers_the_error_of_every_layer(pair: tuple[CausalLM, Any], make_context: MakeContext) -> None:
     ours, _ = pair
     context = make_context(ours)
-    plain, refitted = (channels.plan(ours, ffn_config(rate=0.5, restore=restore), context) for restore in (False, True))
+    plain, refitted = (widths.plan(ours, config_of(rate=0.5, restore=restore), context) for restore in (False, True))
     assert plain.keep == refitted.keep
-    errors = (made.details["relative_output_error"] for made in (plain, refitted))
+    errors = (made.details["ffn"]["relative_output_error"].values() for made in (plain, refitted))
     assert all(after < 0.95 * before for before, after in zip(*errors, strict=True))
 
 
@@ -145,12 +157,12 @@ def test_refitting_lowers_the_error_of_every_layer(pair: tuple[CausalLM, Any], m
 def test_the_channels_worth_most_stay(one_pair: tuple[CausalLM, Any], make_context: MakeContext, score: str) -> None:
     ours, theirs = one_pair
     context = make_context(ours)
-    made = channels.plan(ours, ffn_config(rate=0.25, score=score), context)
+    made = widths.plan(ours, config_of(rate=0.25, score=score), context)
     for layer, x in enumerate(projection_inputs(theirs, context.tokens(ours))):
         weight = theirs.model.layers[layer].mlp.down_proj.weight.detach()
         worth = {"activation": x.norm(dim=0), "magnitude": weight.norm(dim=0)}
         worth["wanda"] = worth["activation"] * worth["magnitude"]
-        assert list(made.keep[layer]) == sorted(np.argsort(-worth[score].numpy())[:56].tolist())
+        assert list(kept(made)[layer]) == sorted(np.argsort(-worth[score].numpy())[:56].tolist())
 
 
 def problem(seed: int, tokens: int = 200) -> tuple[np.ndarray, np.ndarray, Tensor, Tensor]:
@@ -195,7 +207,7 @@ def test_the_refit_never_makes_the_output_worse(seed: int, keep: list[int]) -> N
     before = np.square(inputs @ weight.T - inputs[:, keep] @ weight[:, keep].T).sum()
     after = np.square(inputs @ weight.T - inputs[:, keep] @ new.numpy().T).sum()
     assert after <= before * (1 + 1e-5)
-    told = channels.output_error(w, new.double(), kept, gram)
+    told = widths.output_error(w, new.double(), kept, gram)
     assert told == pytest.approx(after / np.square(inputs @ weight.T).sum(), rel=1e-4, abs=1e-6)
 
 
@@ -213,9 +225,9 @@ def test_the_refit_stands_inputs_that_repeat_each_other() -> None:
 def test_a_rate_leaves_the_largest_aligned_width_that_loses_enough(
     tied: CausalLM, make_context: MakeContext, rate: float, multiple_of: int
 ) -> None:
-    widths = channels.target_widths(tied, ffn_config(rate=rate, multiple_of=multiple_of), make_context(tied))
-    width = widths.get(0, 80)
-    assert set(widths.values()) <= {width}
+    left = widths.widths(tied, config_of(rate=rate, multiple_of=multiple_of), make_context(tied), {})
+    width = left.get(("ffn", 0), 80)
+    assert set(left.values()) <= {width}
     assert width % multiple_of == 0
     assert width <= 80 * (1 - rate) + 1e-6
     assert width + multiple_of > 80 * (1 - rate) - 1e-6
@@ -227,8 +239,8 @@ def test_the_target_is_reached_by_less_than_a_step(
     tied: CausalLM, make_context: MakeContext, keep: float, multiple_of: int
 ) -> None:
     context = make_context(tied, keep=keep)
-    widths = channels.target_widths(tied, ffn_config(multiple_of=multiple_of), context)
-    left = cut_channels(tied, {layer: range(width) for layer, width in widths.items()}).spec.num_parameters
+    found = widths.widths(tied, config_of(multiple_of=multiple_of), context, {})
+    left = cut_channels(tied, {layer: range(width) for (_, layer), width in found.items()}).spec.num_parameters
     step = multiple_of * 3 * 3 * tied.spec.hidden_size  # three matrices of three layers
     assert context.target_parameters is not None
     assert context.target_parameters - step < left <= context.target_parameters
@@ -238,7 +250,7 @@ def test_a_rate_stops_where_the_target_is_reached(tied: CausalLM, make_context: 
     channel = 3 * 3 * tied.spec.hidden_size
     total = tied.spec.num_parameters
     context = make_context(tied, keep=(total - 16 * channel) / total)
-    assert channels.target_widths(tied, ffn_config(rate=0.5), context) == {0: 64, 1: 64, 2: 64}
+    assert set(widths.widths(tied, config_of(rate=0.5), context, {}).values()) == {64}
 
 
 @pytest.mark.parametrize("fields", [{}, {"rate": 0.5}])
@@ -246,27 +258,99 @@ def test_nothing_goes_once_the_target_is_reached(
     tied: CausalLM, make_context: MakeContext, fields: dict[str, float]
 ) -> None:
     """Not even to align a width that was not aligned."""
-    made = channels.plan(tied, ffn_config(multiple_of=64, **fields), make_context(tied, keep=1.0))
+    made = widths.plan(tied, config_of(multiple_of=64, **fields), make_context(tied, keep=1.0))
     assert made.keep == {}
-    assert channels.apply(tied, made).spec == tied.spec
+    assert widths.apply(tied, made).spec == tied.spec
 
 
 def test_biases_count_as_part_of_a_channel(untied: CausalLM) -> None:
     per_channel = (untied.spec.num_parameters - cut_channels(untied, {2: range(79)}).spec.num_parameters) / 1
-    assert channels.channel_parameters(untied, 2) == per_channel == 3 * untied.spec.hidden_size + 2
+    assert widths.unit_parameters(untied, ("ffn", 2)) == per_channel == 3 * untied.spec.hidden_size + 2
 
 
 def test_without_a_rate_or_a_target_the_stage_asks_for_one(tied: CausalLM, make_context: MakeContext) -> None:
     with pytest.raises(StageError, match=r"'rate'.*'target'"):
-        channels.plan(tied, ffn_config(), make_context(tied))
+        widths.plan(tied, config_of(), make_context(tied))
 
 
 def test_a_target_beyond_the_ffns_is_an_error(tied: CausalLM, make_context: MakeContext) -> None:
-    with pytest.raises(StageError, match="leave no FFN channels"):
-        channels.plan(tied, ffn_config(), make_context(tied, keep=0.1))
+    with pytest.raises(StageError, match=r"narrowest ffn.*nearest target is params=0\.\d+"):
+        widths.plan(tied, config_of(), make_context(tied, keep=0.1))
 
 
 def test_refitted_weights_have_the_dtype_of_the_model(tied: CausalLM, make_context: MakeContext) -> None:
     half = replace(tied, weights={name: tensor.bfloat16() for name, tensor in tied.weights.items()})
-    cut = channels.apply(half, channels.plan(half, ffn_config(rate=0.25), make_context(half)))
+    cut = widths.apply(half, widths.plan(half, config_of(rate=0.25), make_context(half)))
     assert {tensor.dtype for tensor in cut.weights.values()} == {torch.bfloat16}
+
+
+@torch.no_grad()
+def without_heads(theirs: Any, keep: Mapping[int, Sequence[int]]) -> Any:
+    """The model with nothing coming out of the other KV groups' query heads."""
+    cut = copy.deepcopy(theirs)
+    config = cut.config
+    size = config.num_attention_heads // config.num_key_value_heads * config.head_dim
+    for layer, groups in keep.items():
+        for group in set(range(config.num_key_value_heads)) - set(groups):
+            cut.model.layers[layer].self_attn.o_proj.weight[:, group * size : (group + 1) * size] = 0
+    return cut
+
+
+def test_what_heads_are_heard_to_say_is_what_transformers_hooks_hear(
+    pair: tuple[CausalLM, Any], make_context: MakeContext
+) -> None:
+    ours, theirs = pair
+    context = make_context(ours)
+    caught: list[Tensor] = []
+    for layer in theirs.model.layers:
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, x: caught.append(x[0].detach().flatten(0, 1)))
+    logits(theirs, context.tokens(ours))
+    heard = heard_by(ours, context, "heads")
+    for layer, x in enumerate(caught):
+        assert heard[layer].unit == theirs.config.num_attention_heads // theirs.config.num_key_value_heads * 16
+        torch.testing.assert_close(heard[layer].gram, x.T @ x, rtol=1e-3, atol=1e-3 * float(x.square().sum(0).max()))
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_heads_and_channels_go_at_once_by_their_rates(
+    one_pair: tuple[CausalLM, Any], make_context: MakeContext, tmp_path: Path, restore: bool
+) -> None:
+    ours, theirs = one_pair
+    rates = {"ffn": (0.5, 0.0, 0.5), "heads": (0.5, 0.5, 0.0)}
+    config = config_of(of=("ffn", "heads"), rates=rates, restore=restore, score="wanda")
+    made = widths.plan(ours, config, make_context(ours))
+    cut = widths.apply(ours, made)
+    assert [layer.intermediate_size for layer in cut.spec.layers] == [40, 80, 40]
+    assert [layer.num_key_value_heads for layer in cut.spec.layers] == [1, 1, 2]
+    assert [layer.num_attention_heads for layer in cut.spec.layers] == [3, 3, 6]
+    if not restore:
+        tokens = torch.randint(0, 700, (2, 30), generator=torch.Generator().manual_seed(2))
+        expected = logits(zeroed(without_heads(theirs, kept(made, "heads")), kept(made)), tokens)
+        walk = Walk(cut, tokens, torch.device("cpu"), torch.float32)
+        dense = dense_variant(cut.spec)
+        (rows,) = [group[dense].log_probs for group in walk.readouts(walk.run([dense]))]
+        torch.testing.assert_close(rows, expected[:, :-1].log_softmax(-1).flatten(0, 1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("allocation", ["global", "marginal", "ramp"])
+def test_every_allocation_reaches_the_target_by_less_than_a_step(
+    one_pair: tuple[CausalLM, Any], make_context: MakeContext, allocation: str
+) -> None:
+    ours, _ = one_pair
+    context = make_context(ours, keep=0.8)
+    config = config_of(of=("ffn", "heads"), allocation=allocation, score="wifv", slope=0.02)
+    cut = widths.apply(ours, widths.plan(ours, config, context))
+    assert context.target_parameters is not None
+    largest = max(8 * widths.unit_parameters(ours, ("ffn", 0)), widths.unit_parameters(ours, ("heads", 0)))
+    steps = 1 if allocation != "ramp" else 6  # a rate per layer and kind is rounded for each
+    assert context.target_parameters - steps * largest < cut.spec.num_parameters <= context.target_parameters
+
+
+def test_rates_are_asked_for_every_layer(tied: CausalLM, make_context: MakeContext) -> None:
+    with pytest.raises(StageError, match="no rate for the ffn of layer 2"):
+        widths.plan(tied, config_of(rates={"ffn": (0.1, 0.1)}), make_context(tied))
+
+
+def test_a_stage_has_a_rate_or_rates() -> None:
+    with pytest.raises(ValueError, match="at most one of"):
+        config_of(rate=0.1, rates={"ffn": (0.1,)})

@@ -1,0 +1,119 @@
+"""Allocation: how many channels and heads each layer loses, given what each of them is worth.
+
+To add an allocation, write a function and list it in ``ALLOCATIONS``. It says how many units each pool keeps; a pool
+loses them from the least worth upwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What may go of one kind in one layer.
+
+    Args:
+        layer: the layer.
+        units: how many there are: FFN channels, or KV groups with their query heads.
+        parameters: that one unit costs.
+        step: the number that is left is a multiple of this.
+        least: units that stay at any rate.
+        worth: of each unit, (units,), for allocations that rank units across pools.
+    """
+
+    layer: int
+    units: int
+    parameters: int
+    step: int = 1
+    least: int = 1
+    worth: Tensor | None = None
+
+    def aligned(self, units: float) -> int:
+        """The largest number not above ``units`` that may be left: at least what was asked for goes."""
+        floor = int(units / self.step + 1e-9) * self.step
+        return min(self.units, max(self.least, floor))
+
+
+Pools = Sequence[Pool]
+
+
+def uniform(pools: Pools, parameters: float, _: float) -> list[int]:
+    """The same share of every pool."""
+    share = parameters / sum(pool.parameters * pool.units for pool in pools)
+    return [pool.aligned(pool.units * (1 - share)) for pool in pools]
+
+
+def ramp(pools: Pools, parameters: float, slope: float) -> list[int]:
+    """Rates in arithmetic progression over the layers, each deeper one more by ``slope``. ATP (Huang et al., 2025)."""
+    total = sum(pool.parameters * pool.units for pool in pools)
+    centre = sum(pool.layer * pool.parameters * pool.units for pool in pools) / total
+    rates = [parameters / total + slope * (pool.layer - centre) for pool in pools]
+    return [pool.aligned(pool.units * (1 - min(1.0, max(0.0, rate)))) for pool, rate in zip(pools, rates, strict=True)]
+
+
+def standardised(pools: Pools, parameters: float, _: float) -> list[int]:
+    """One threshold across layers and kinds for worth standardised within each pool. FLAP (An et al., 2023)."""
+    return _cheapest([_standardised(_ranked(pool)) for pool in pools], pools, parameters)
+
+
+def marginal(pools: Pools, parameters: float, _: float) -> list[int]:
+    """One threshold across layers and kinds for worth per parameter; for scores that are costs of the whole model."""
+    return _cheapest([_ranked(pool) / pool.parameters for pool in pools], pools, parameters)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How to allot.
+
+    Args:
+        allot: from pools, the parameters to remove and the recipe's ``slope`` to the units that each pool keeps.
+        ranks: whether it needs to know what each unit is worth.
+    """
+
+    allot: Callable[[Pools, float, float], list[int]]
+    ranks: bool
+
+
+#: By their names in recipes.
+ALLOCATIONS = {
+    "global": Allocation(standardised, ranks=True),
+    "marginal": Allocation(marginal, ranks=True),
+    "ramp": Allocation(ramp, ranks=False),
+    "uniform": Allocation(uniform, ranks=False),
+}
+
+
+def _ranked(pool: Pool) -> Tensor:
+    assert pool.worth is not None, "this allocation ranks units"
+    return pool.worth.double()
+
+
+def _standardised(worth: Tensor) -> Tensor:
+    return (worth - worth.mean()) / worth.std().clamp(min=1e-300)
+
+
+def _cheapest(worth: Sequence[Tensor], pools: Pools, parameters: float) -> list[int]:
+    """Remove steps of units, the least worth first whatever their pool, until the parameters are gone."""
+    steps = sorted((price, at, units) for at, pool in enumerate(pools) for price, units in _steps(worth[at], pool))
+    left = [pool.units for pool in pools]
+    for _, at, units in steps:
+        if parameters <= 0:
+            break
+        left[at] -= units
+        parameters -= units * pools[at].parameters
+    return left
+
+
+def _steps(worth: Tensor, pool: Pool) -> Iterator[tuple[float, int]]:
+    """A pool's units in the steps in which they go, the least worth first: mean worth and number of each step."""
+    ranked = worth.sort().values
+    begin, first = 0, pool.units % pool.step or pool.step
+    for end in range(first, pool.units - pool.least + 1, pool.step):
+        yield float(ranked[begin:end].mean()), end - begin
+        begin = end

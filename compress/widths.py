@@ -1,0 +1,294 @@
+"""The widths stage: remove the FFN channels and KV groups that are worth least, and refit what they fed.
+
+The calibration tokens go through the present model once per pass; of each layer's statistics only what is worth what
+is kept. The cut itself is exact for all that stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flabc.errors import StageError
+from flabc.spec import LayerSpec
+
+from .allocate import ALLOCATIONS, Pool
+from .config import WidthsConfig
+from .gram import product
+from .model import CausalLM, cut_channels, cut_heads
+from .restore import refit
+from .score import SCORES, Heard
+from .stage import Context, Plan, Stage
+from .walk import Walk, dense_variant
+
+#: A kind of unit and a layer that has it.
+Place = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of unit.
+
+    Args:
+        role: the projection that units of this kind feed.
+        field: the size in ``LayerSpec`` that counts them.
+        cut: the surgery: keeps these units of each layer.
+    """
+
+    role: str
+    field: str
+    cut: Callable[[CausalLM, Mapping[int, Sequence[int]]], CausalLM]
+
+    def units(self, layer: LayerSpec) -> int:
+        """How many a layer has."""
+        return int(getattr(layer, self.field))
+
+
+#: What can be narrowed, by the recipe's word for it. A KV group goes with its query heads.
+KINDS = {
+    "ffn": Kind("down", "intermediate_size", cut_channels),
+    "heads": Kind("o", "num_key_value_heads", cut_heads),
+}
+
+
+@dataclass(frozen=True)
+class WidthsPlan(Plan):
+    """Which units of each place stay, ascending, and the refitted projections, (D, F) float32, if any."""
+
+    keep: Mapping[Place, tuple[int, ...]] = field(default_factory=dict)
+    refitted: Mapping[Place, Tensor] = field(default_factory=dict)
+
+
+def plan(model: CausalLM, config: WidthsConfig, context: Context) -> WidthsPlan:
+    """Choose the units to keep.
+
+    Raises:
+        StageError: if nothing says how many to remove, or the target cannot be reached this way.
+    """
+    worth = dict[Place, Tensor]()
+    if config.rates is None and ALLOCATIONS[config.allocation].ranks:
+        listen(model, config.of, context, lambda place, heard: worth.update({place: SCORES[config.score](heard)}))
+    left = widths(model, config, context, worth)
+    if not left:
+        return WidthsPlan("widths: the target is reached; nothing to remove")
+    keep, refitted, errors = {}, {}, {}
+
+    def choose(place: Place, heard: Heard) -> None:
+        scores = worth[place] if place in worth else SCORES[config.score](heard)
+        kept = scores.topk(left[place]).indices.sort().values
+        keep[place] = tuple(kept.tolist())
+        inputs = (kept[:, None] * heard.unit + torch.arange(heard.unit, device=kept.device)).flatten()
+        now = refit(heard.weight, heard.gram, inputs) if config.restore else heard.weight[:, inputs]
+        if config.restore:
+            refitted[place] = now.cpu()
+        errors[place] = output_error(heard.weight, now, inputs, heard.gram)
+
+    listen(model, config.of, context, choose, left)
+    return WidthsPlan(_summary(model, config, left, errors), _details(model, left, errors), keep, refitted)
+
+
+def apply(model: CausalLM, plan: WidthsPlan) -> CausalLM:
+    """Cut the units and put the refitted projections in place."""
+    for name, kind in KINDS.items():
+        model = kind.cut(model, {layer: kept for (of, layer), kept in plan.keep.items() if of == name})
+    refitted = {
+        model.name(KINDS[name].role, layer): weight.to(model.dtype) for (name, layer), weight in plan.refitted.items()
+    }
+    return replace(model, weights={**model.weights, **refitted})
+
+
+WIDTHS: Stage[WidthsConfig, WidthsPlan] = Stage(plan, apply)
+
+
+def places(model: CausalLM, kinds: Sequence[str]) -> list[Place]:
+    """Every layer that has units of these kinds."""
+    return [(name, at) for name in kinds for at, layer in enumerate(model.spec.layers) if KINDS[name].units(layer)]
+
+
+def widths(model: CausalLM, config: WidthsConfig, context: Context, worth: Mapping[Place, Tensor]) -> dict[Place, int]:
+    """The units left in each place that loses any: by the rate, or by what the target still needs.
+
+    Args:
+        model: the model to cut.
+        config: the recipe's stage.
+        context: knows the target.
+        worth: of each unit of each place, if the allocation ranks units across places.
+
+    Raises:
+        StageError: if nothing says how much to remove, or even the narrowest model is above the target.
+    """
+    found = places(model, config.of)
+    pools = [_pool(model, place, config, worth.get(place)) for place in found]
+    total = sum(pool.parameters * pool.units for pool in pools)
+    if context.spare(model) <= 0:
+        return {}
+    if config.rates is not None:
+        left = _explicit(found, pools, config.rates)
+    else:
+        left = ALLOCATIONS[config.allocation].allot(pools, _budget(total, config, context, model), config.slope)
+    _check_reached(config, context, model, pools, left)
+    return {place: units for place, pool, units in zip(found, pools, left, strict=True) if units < pool.units}
+
+
+def listen(
+    model: CausalLM,
+    kinds: Sequence[str],
+    context: Context,
+    tell: Callable[[Place, Heard], None],
+    only: Mapping[Place, int] | None = None,
+) -> None:
+    """Send the calibration tokens through the model and tell what each place's projection received.
+
+    Args:
+        model: the model.
+        kinds: names in ``KINDS``.
+        context: has the tokens.
+        tell: called once per place, in the order of the layers; what it does not keep is freed.
+        only: places that matter; all if None.
+    """
+    wanted = [place for place in places(model, kinds) if only is None or place in only]
+
+    @contextmanager
+    def listener(layer: int, module: nn.Module) -> Iterator[None]:
+        ears = {place: _Ear(model, place, module, context.device) for place in wanted if place[1] == layer}
+        yield
+        for place, ear in ears.items():
+            tell(place, ear.heard())
+
+    Walk(model, context.tokens(model), context.device, context.dtype).run([dense_variant(model.spec)], listener)
+
+
+class _Ear:
+    """Adds up what one projection receives until it is asked."""
+
+    def __init__(self, model: CausalLM, place: Place, module: nn.Module, device: torch.device) -> None:
+        name, layer = place
+        role = KINDS[name].role
+        self.weight = model.tensor(role, layer).to(device).float()
+        size = self.weight.shape[1]
+        self.unit = size // KINDS[name].units(model.spec.layers[layer])
+        self.gram, self.total = torch.zeros(size, size, device=device), torch.zeros(size, device=device)
+        self.tokens = 0
+        owner = module.get_submodule(model.inner_name(role, layer).removesuffix(".weight"))
+        self.handle = owner.register_forward_pre_hook(self._hear)
+
+    def _hear(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].flatten(0, -2)  # (tokens, F)
+        self.gram += product(x, x)
+        self.total += x.sum(0, dtype=torch.float32)
+        self.tokens += len(x)
+
+    def heard(self) -> Heard:
+        """What it was, and stop listening."""
+        self.handle.remove()
+        return Heard(self.weight, self.gram, self.total, self.tokens, self.unit)
+
+
+def output_error(dense: Tensor, cut: Tensor, keep: Tensor, gram: Tensor) -> float:
+    """||X Wᵀ - X_k W_kᵀ||² / ||X Wᵀ||² on the calibration inputs, from the Gram matrix alone."""
+    gap = dense.clone()
+    gap[:, keep] -= cut
+    return float(((gap @ gram) * gap).sum() / ((dense @ gram) * dense).sum())
+
+
+def unit_parameters(model: CausalLM, place: Place) -> int:
+    """Parameters that one unit of a place costs."""
+    name, layer = place
+    kind, spec = KINDS[name], model.spec
+    shape = spec.layers[layer]
+    more = {kind.field: kind.units(shape) + 1}
+    if name == "heads":
+        more["num_attention_heads"] = shape.num_attention_heads * (kind.units(shape) + 1) // kind.units(shape)
+    layers = (*spec.layers[:layer], LayerSpec(**{**shape.model_dump(), **more}), *spec.layers[layer + 1 :])
+    return spec.model_copy(update={"layers": layers}).num_parameters - spec.num_parameters
+
+
+def _pool(model: CausalLM, place: Place, config: WidthsConfig, worth: Tensor | None) -> Pool:
+    name, layer = place
+    units = KINDS[name].units(model.spec.layers[layer])
+    step = config.multiple_of if name == "ffn" else 1
+    return Pool(layer, units, unit_parameters(model, place), step, min(step, units), worth)
+
+
+def _budget(total: int, config: WidthsConfig, context: Context, model: CausalLM) -> float:
+    """Parameters to remove.
+
+    Raises:
+        StageError: if neither the recipe's stage nor its target says.
+    """
+    if config.rate is not None:
+        return min(context.spare(model), config.rate * total)
+    if context.target_parameters is None:
+        raise StageError(
+            "The widths stage does not know how much to remove.",
+            fix="Give it a 'rate' or 'rates', or give the recipe a 'target'.",
+        )
+    return context.spare(model)
+
+
+def _explicit(found: Sequence[Place], pools: Sequence[Pool], rates: Mapping[Any, Sequence[float]]) -> list[int]:
+    """The units left by a rate for each layer of each kind.
+
+    Raises:
+        StageError: if a kind has more or fewer rates than the model has layers.
+    """
+    for name, layer in found:
+        if layer >= len(rates.get(name, ())):
+            raise StageError(
+                f"The widths stage has no rate for the {name} of layer {layer}.",
+                expected="one rate per layer for each kind in 'of'",
+                found=f"{len(rates.get(name, ()))} rates for {name}",
+            )
+    return [
+        pool.aligned(pool.units * (1 - rates[name][layer])) for (name, layer), pool in zip(found, pools, strict=True)
+    ]
+
+
+def _check_reached(
+    config: WidthsConfig, context: Context, model: CausalLM, pools: Sequence[Pool], left: Sequence[int]
+) -> None:
+    """A stage that takes all that the target still needs has to get there.
+
+    Raises:
+        StageError: if it does not.
+    """
+    gone = sum((pool.units - units) * pool.parameters for pool, units in zip(pools, left, strict=True))
+    if config.takes_the_rest and gone < context.spare(model):
+        nearest = (model.spec.num_parameters - gone) / context.dense.spec.num_parameters
+        raise StageError(
+            f"The target would leave less than the narrowest {' and '.join(config.of)}.",
+            expected=f"{context.spare(model):,} parameters to remove",
+            found=f"{gone:,}; the nearest target is params={nearest:.3f}",
+            fix="Raise the target, or let another stage remove more.",
+        )
+
+
+def _details(model: CausalLM, left: Mapping[Place, int], errors: Mapping[Place, float]) -> dict[str, Any]:
+    """For the receipt: sizes per layer before and after, and the output error of each layer that lost units."""
+    kinds = dict.fromkeys(name for name, _ in left)
+    return {
+        name: {
+            "before": [KINDS[name].units(layer) for layer in model.spec.layers],
+            "after": [left.get((name, at), KINDS[name].units(layer)) for at, layer in enumerate(model.spec.layers)],
+            "relative_output_error": {
+                str(layer): round(error, 5) for (of, layer), error in errors.items() if of == name
+            },
+        }
+        for name in kinds
+    }
+
+
+def _summary(model: CausalLM, config: WidthsConfig, left: Mapping[Place, int], errors: Mapping[Place, float]) -> str:
+    words = []
+    for name in dict.fromkeys(of for of, _ in left):
+        before = [KINDS[name].units(layer) for layer in model.spec.layers]
+        after = [left.get((name, at), units) for at, units in enumerate(before)]
+        span = f"{min(after)}" if min(after) == max(after) else f"{min(after)} to {max(after)}"
+        words.append(f"{name} {max(before)} → {span}")
+    mean = sum(errors.values()) / len(errors)
+    return f"widths: {', '.join(words)}{', refitted' * config.restore}; output error {mean:.2%} a layer"
