@@ -69,12 +69,16 @@ class Target(Config):
         return self
 
 
+#: One corpus or several.
+Corpora = str | Annotated[tuple[str, ...], Field(min_length=1)]
+
+_CORPORA = f"A built-in corpus ({', '.join(CORPORA)}), a path of text, JSON lines or parquet, or hf:owner/name."
+
+
 class Calibration(Config):
     """The text on which the model is listened to while it is cut."""
 
-    corpus: str = Field(
-        "python-stdlib", description=f"A built-in corpus ({', '.join(CORPORA)}), or a file or folder of text."
-    )
+    corpus: Corpora = Field("python-stdlib", description=f"{_CORPORA} Several count alike.")
     sequences: int = Field(48, gt=0, description="Token sequences for scores and statistics.")
     sequence_length: int = Field(512, gt=1, description="Tokens per sequence.")
 
@@ -83,6 +87,9 @@ class VocabConfig(Cut):
     """Keep the tokens that the corpus needs, and everything that the tokenizer needs to make them."""
 
     stage: Literal["vocab"] = "vocab"
+    corpus: Corpora | None = Field(
+        None, description=f"{_CORPORA} Several count alike; without it, what the model is calibrated on."
+    )
     coverage: float = Field(
         1.0, gt=0, le=1, description="Keep the most frequent tokens that make up this share of the corpus."
     )

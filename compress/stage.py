@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -97,8 +98,28 @@ def encoder(files: TokenizerFiles) -> Tokenizer:
 def sequences(tokenizer: Tokenizer, documents: Sequence[Document], count: int, length: int, seed: int) -> Tensor:
     """``count`` windows of ``length`` tokens, each from one document, the documents drawn by their size.
 
+    Of several corpora each gives as many windows as the others, in turn.
+
     Raises:
-        CorpusError: if no document is that long.
+        CorpusError: if one has not so many documents that are long enough.
+    """
+    corpora = list(dict.fromkeys(sorted(document.corpus for document in documents))) or [""]
+    shares = [len(range(at, count, len(corpora))) for at in range(len(corpora))]
+    drawn = [
+        _windows(tokenizer, [d for d in documents if d.corpus == corpus], share, length, seed)
+        for corpus, share in zip(corpora, shares, strict=True)
+        if share
+    ]
+    return torch.tensor([window for turn in zip_longest(*drawn) for window in turn if window is not None])
+
+
+def _windows(
+    tokenizer: Tokenizer, documents: Sequence[Document], count: int, length: int, seed: int
+) -> list[list[int]]:
+    """Windows of one corpus.
+
+    Raises:
+        CorpusError: if not so many documents are long enough.
     """
     rng = np.random.default_rng(seed)
     # A token is at least one byte, so shorter documents cannot fill a window.
@@ -112,7 +133,7 @@ def sequences(tokenizer: Tokenizer, documents: Sequence[Document], count: int, l
             start = int(rng.integers(0, len(ids) - length + 1))
             windows.append(ids[start : start + length])
         if len(windows) == count:
-            return torch.tensor(windows)
+            return windows
     raise CorpusError(
         f"The calibration text has {len(windows)} documents of {length} tokens or more.",
         expected=f"{count}",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -16,17 +16,21 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from flabc.console import track
+from flabc.console import progress, track
 from flabc.errors import StageError
 
 from .bpe import BytePairs
 from .config import VocabConfig
+from .data import corpus
 from .data.corpus import Document
 from .model import CausalLM, TokenizerFiles, cut_vocab
 from .stage import Context, Plan, Stage, encoder
 
-#: Documents tokenised at once.
-BATCH = 64
+#: How often each id occurs, (V,).
+Counts = np.ndarray[Any, np.dtype[np.float64]]
+
+#: Characters tokenised at once: work enough for every core, and all the text that is held.
+BATCH_CHARACTERS = 2_000_000
 
 #: Config keys that hold token ids: an id, a list of ids, or lists of them.
 _ID_KEY = re.compile(r"(_token_ids?|suppress_tokens|bad_words_ids|forced_decoder_ids)$")
@@ -47,7 +51,8 @@ def plan(model: CausalLM, config: VocabConfig, context: Context) -> VocabPlan:
     """
     pairs = BytePairs.of(model.tokenizer.tokenizer)
     tokenizer = encoder(model.tokenizer)
-    counts = count_tokens(tokenizer, context.documents, model.spec.vocab_size)
+    documents = context.documents if config.corpus is None else corpus.stream(config.corpus, "calibration")
+    counts = balanced(count_tokens(tokenizer, documents, model.spec.vocab_size))
     fixed = pairs.closure(must_keep(model, tokenizer) | pairs.symbols)
     kept = pairs.closure(frequent(counts, config.coverage)) | fixed
     size = _rows(len(kept), model, config, context)
@@ -84,24 +89,48 @@ def apply(model: CausalLM, plan: VocabPlan) -> CausalLM:
 VOCAB: Stage[VocabConfig, VocabPlan] = Stage(plan, apply)
 
 
-def count_tokens(tokenizer: Tokenizer, documents: Sequence[Document], size: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """How often each id occurs in the documents, (V,)."""
-    counts = np.zeros(size, dtype=np.int64)
-    batches = [documents[start : start + BATCH] for start in range(0, len(documents), BATCH)]
-    for batch in track(batches, "counting tokens", len(batches)):
-        for encoding in tokenizer.encode_batch_fast([d.text for d in batch], add_special_tokens=False):
-            counts += np.bincount(encoding.ids, minlength=size)
+def count_tokens(tokenizer: Tokenizer, documents: Iterable[Document], size: int) -> dict[str, Counts]:
+    """How often each id occurs in each corpus, (V,) each. Documents are read as they are needed."""
+    counts: dict[str, Counts] = {}
+    with progress("counting tokens in characters", None) as advance:
+        for batch in batched(documents):
+            encodings = tokenizer.encode_batch_fast([d.text for d in batch], add_special_tokens=False)  # in parallel
+            for document, encoding in zip(batch, encodings, strict=True):
+                seen = counts.setdefault(document.corpus, np.zeros(size))
+                np.add.at(seen, encoding.ids, 1)
+            advance(sum(len(document.text) for document in batch))
     return counts
 
 
-def frequent(counts: np.ndarray[Any, np.dtype[np.int64]], coverage: float) -> set[int]:
+def batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents in batches of about ``BATCH_CHARACTERS``."""
+    batch, size = list[Document](), 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def balanced(counts: Mapping[str, Counts]) -> Counts:
+    """The counts of several corpora as one, (V,): each corpus weighs the same however long it is."""
+    if len(counts) == 1:
+        return next(iter(counts.values()))
+    shares = np.stack([seen / max(1.0, seen.sum()) for seen in counts.values()])
+    return np.asarray(shares.sum(axis=0))
+
+
+def frequent(counts: Counts, coverage: float) -> set[int]:
     """The most frequent ids that together make up ``coverage`` of all occurrences."""
     order = by_frequency(counts)
     reached = np.cumsum(counts[order]) >= coverage * counts.sum()
     return set(order[: int(np.argmax(reached)) + 1 if reached.any() else len(order)])
 
 
-def by_frequency(counts: np.ndarray[Any, np.dtype[np.int64]]) -> list[int]:
+def by_frequency(counts: Counts) -> list[int]:
     """The ids that occur at all, the most frequent first."""
     order = np.argsort(-counts, kind="stable")
     return [int(index) for index in order[counts[order] > 0]]

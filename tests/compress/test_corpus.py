@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flabc.compress.config import Calibration
-from flabc.compress.data import corpus
+from flabc.compress.data import corpus, source
 from flabc.compress.data.corpus import Document
 from flabc.errors import CorpusError, UnknownNameError
 
@@ -103,7 +105,7 @@ def test_a_single_file_is_a_corpus_of_one(tmp_path: Path) -> None:
     file = tmp_path / "notes.anything"
     file.write_text("hello", encoding="utf-8")
     side = Document("", "hello").split
-    assert corpus.load(str(file), side) == [Document("notes.anything", "hello")]
+    assert corpus.load(str(file), side) == [Document("notes.anything", "hello", str(file))]
 
 
 @pytest.mark.parametrize("side", ["calibration", "heldout"])
@@ -129,3 +131,68 @@ def test_a_single_file_has_two_sides_that_make_it_whole(tmp_path: Path) -> None:
     assert all(sides)
     lines = [line for side in sides for document in side for line in document.text.splitlines()]
     assert sorted(lines) == sorted(file.read_text().splitlines())
+
+
+def test_json_lines_give_a_document_each_zipped_or_not(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({("text", "content")[n % 2]: f"text {n}", "id": n}) + "\n" for n in range(40))
+    (tmp_path / "plain.jsonl").write_text(lines + "\n", encoding="utf-8")
+    with gzip.open(tmp_path / "zipped.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write(lines)
+    for name in ("plain.jsonl", "zipped.jsonl.gz"):
+        sides = texts(tmp_path / name)
+        assert sorted(sides["calibration"] + sides["heldout"]) == sorted(f"text {n}" for n in range(40))
+    assert len(texts(tmp_path)["calibration"]) == 2 * len(sides["calibration"])
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{", "line 2, is not JSON"),
+        ('{"body": "x"}', r"one of the fields text.*fields \['body'\]"),
+        ("3", "int"),
+    ],
+)
+def test_a_line_without_a_text_is_named(tmp_path: Path, line: str, problem: str) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(CorpusError, match=problem):
+        list(source.read(str(file)))
+
+
+def test_a_parquet_file_is_read_by_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    datasets = pytest.importorskip("datasets")
+    wanted = [f"text {n}" for n in range(40)]
+    datasets.Dataset.from_dict({"content": wanted, "stars": [1] * 40}).to_parquet(tmp_path / "rows.parquet")
+    sides = texts(tmp_path / "rows.parquet")
+    assert sorted(sides["calibration"] + sides["heldout"]) == sorted(wanted)
+    renamed = datasets.Dataset.from_dict({"body": wanted})
+    renamed.to_parquet(tmp_path / "renamed.parquet")
+    with pytest.raises(CorpusError, match=r"row 0, has no text.*fields \['body'\]"):
+        list(source.read(str(tmp_path / "renamed.parquet")))
+    assert [text for _, text in source.read(f"{tmp_path}/renamed.parquet:train:body")] == wanted
+
+
+def test_several_corpora_are_read_one_after_another(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for n in range(30):
+            (tmp_path / name / f"{n}.txt").write_text(f"{name} {n}")
+    both = corpus.load([str(tmp_path / "a"), str(tmp_path / "b")], "calibration")
+    alone = [d for name in "ab" for d in corpus.load(str(tmp_path / name), "calibration")]
+    assert sorted(both, key=lambda d: d.text) == sorted(alone, key=lambda d: d.text)
+    assert {d.corpus for d in both} == {str(tmp_path / "a"), str(tmp_path / "b")}
+
+
+def test_the_built_in_corpora_are_what_they_say() -> None:
+    for name, text in ((name, next(source.read(name))[1]) for name in source.CORPORA):
+        assert text.strip(), name
+    assert next(source.python_packages())[0].endswith(".py")
+    assert not next(source.english())[0].endswith(".py")
+
+
+def test_what_is_installed_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "INSTALLED_CHARACTERS", 50_000)
+    found = [len(text) for _, text in source.python_packages()]
+    assert 50_000 <= sum(found) < 50_000 + max(found) + 1
+    assert found == [len(text) for _, text in source.python_packages()]

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from flabc.compress import checkpoint, load, vocab
 from flabc.compress.bpe import BytePairs
 from flabc.compress.config import VocabConfig
+from flabc.compress.data.corpus import Document
 from flabc.compress.model import CausalLM, TokenizerFiles
 from flabc.compress.stage import Context
 from flabc.errors import StageError
@@ -76,7 +77,7 @@ def test_tokens_are_counted_as_transformers_counts_them(
     expected: Counter[int] = Counter()
     for document in context.documents:
         expected.update(theirs(document.text, add_special_tokens=False)["input_ids"])
-    found = vocab.count_tokens(vocab.encoder(tied.tokenizer), context.documents, tied.spec.vocab_size)
+    (found,) = vocab.count_tokens(vocab.encoder(tied.tokenizer), context.documents, tied.spec.vocab_size).values()
     assert {index: count for index, count in enumerate(found.tolist()) if count} == expected
 
 
@@ -88,7 +89,8 @@ def test_a_tokenizer_file_that_truncates_and_pads_is_read_whole(padded: CausalLM
     free.no_truncation()
     free.no_padding()
     expected = sum(len(free.encode(d.text, add_special_tokens=False).ids) for d in context.documents)
-    assert vocab.count_tokens(vocab.encoder(padded.tokenizer), context.documents, 704).sum() == expected
+    (found,) = vocab.count_tokens(vocab.encoder(padded.tokenizer), context.documents, 704).values()
+    assert found.sum() == expected
 
 
 @settings(max_examples=60, deadline=None)
@@ -318,3 +320,13 @@ def test_a_real_tokenizer_keeps_its_tokens_reachable(smollm: CausalLM, texts: tu
 
     assert unreachable(seen | pairs.symbols) > 0.1 * len(seen)
     assert unreachable(pairs.closure(seen) | pairs.symbols) == 0
+
+
+def test_corpora_weigh_alike_however_long_they_are(tied: CausalLM) -> None:
+    tokenizer = vocab.encoder(tied.tokenizer)
+    few, many = Document("a", "return", "few"), Document("b", "import " * 500, "many")
+    counts = vocab.count_tokens(tokenizer, [few, many], tied.spec.vocab_size)
+    shares = vocab.balanced(counts)
+    for corpus, seen in counts.items():
+        assert shares[seen > 0].sum() >= 1, corpus
+    assert vocab.balanced({"few": counts["few"]}) is counts["few"]
