@@ -22,27 +22,29 @@ class Heard:
 
     Args:
         weight: the projection's weight, (D, F), float32.
-        gram: the inputs' Gram matrix, the sum over tokens of x xᵀ, (F, F), float32.
-        total: the sum of the inputs over tokens, (F,), float32.
+        square: the sum over tokens of each input's square, (F,), float32.
+        total: the sum over tokens of each input, (F,), float32.
         tokens: how many tokens were heard.
         unit: inputs that belong to one unit.
+        gram: the inputs' Gram matrix, the sum over tokens of x xᵀ, (F, F), float32, if it was asked for.
     """
 
     weight: Tensor
-    gram: Tensor
+    square: Tensor
     total: Tensor
     tokens: int
     unit: int = 1
+    gram: Tensor | None = None
 
     @property
     def mean_square(self) -> Tensor:
         """The mean square of each input, (F,)."""
-        return self.gram.diagonal() / self.tokens
+        return self.square / self.tokens
 
     @property
     def variance(self) -> Tensor:
         """The variance of each input, (F,)."""
-        spread = self.gram.diagonal() - self.total.square() / self.tokens
+        spread = self.square - self.total.square() / self.tokens
         return spread.clamp(min=0) / max(1, self.tokens - 1)
 
     def per_unit(self, worth: Tensor) -> Tensor:
@@ -82,6 +84,7 @@ def obs(heard: Heard) -> Tensor:
     """
     from .elimination import costs
 
+    assert heard.gram is not None, "obs hears the Gram matrix"
     return costs(heard.weight, heard.gram / heard.tokens, heard.unit)
 
 
@@ -90,11 +93,19 @@ def first_n(heard: Heard) -> Tensor:
     return heard.weight.new_tensor(range(heard.weight.shape[1] // heard.unit, 0, -1))
 
 
-SCORES: dict[str, Callable[[Heard], Tensor]] = {
-    "activation": activation,
-    "first_n": first_n,
-    "magnitude": magnitude,
-    "obs": obs,
-    "wanda": wanda,
-    "wifv": wifv,
+@dataclass(frozen=True)
+class Score:
+    """How to score: a function, and whether it needs the Gram matrix, which takes most of the time."""
+
+    worth: Callable[[Heard], Tensor]
+    gram: bool = False
+
+
+SCORES: dict[str, Score] = {
+    "activation": Score(activation),
+    "first_n": Score(first_n),
+    "magnitude": Score(magnitude),
+    "obs": Score(obs, gram=True),
+    "wanda": Score(wanda),
+    "wifv": Score(wifv),
 }

@@ -71,24 +71,28 @@ def plan(model: CausalLM, config: WidthsConfig, context: Context) -> WidthsPlan:
         StageError: if nothing says how many to remove, or the target cannot be reached this way.
     """
     worth = dict[Place, Tensor]()
+    score, gram = SCORES[config.score], SCORES[config.score].gram or config.restore
     if config.rates is None and ALLOCATIONS[config.allocation].ranks:
-        listen(model, config.of, context, lambda place, heard: worth.update({place: SCORES[config.score](heard)}))
+        listen(
+            model, config.of, context, lambda place, heard: worth.update({place: score.worth(heard)}), gram=score.gram
+        )
     left = widths(model, config, context, worth)
     if not left:
         return WidthsPlan("widths: the target is reached; nothing to remove")
     keep, refitted, errors = {}, {}, {}
 
     def choose(place: Place, heard: Heard) -> None:
-        scores = worth[place] if place in worth else SCORES[config.score](heard)
+        scores = worth[place] if place in worth else score.worth(heard)
         kept = scores.topk(left[place]).indices.sort().values
         keep[place] = tuple(kept.tolist())
         inputs = (kept[:, None] * heard.unit + torch.arange(heard.unit, device=kept.device)).flatten()
-        now = refit(heard.weight, heard.gram, inputs) if config.restore else heard.weight[:, inputs]
-        if config.restore:
-            refitted[place] = now.cpu()
-        errors[place] = output_error(heard.weight, now, inputs, heard.gram)
+        if heard.gram is not None:
+            now = refit(heard.weight, heard.gram, inputs) if config.restore else heard.weight[:, inputs]
+            errors[place] = output_error(heard.weight, now, inputs, heard.gram)
+            if config.restore:
+                refitted[place] = now.cpu()
 
-    listen(model, config.of, context, choose, left)
+    listen(model, config.of, context, choose, left, gram=gram)
     return WidthsPlan(_summary(model, config, left, errors), _details(model, left, errors), keep, refitted)
 
 
@@ -141,6 +145,8 @@ def listen(
     context: Context,
     tell: Callable[[Place, Heard], None],
     only: Mapping[Place, int] | None = None,
+    *,
+    gram: bool = True,
 ) -> None:
     """Send the calibration tokens through the model and tell what each place's projection received.
 
@@ -150,12 +156,13 @@ def listen(
         context: has the tokens.
         tell: called once per place, in the order of the layers; what it does not keep is freed.
         only: places that matter; all if None.
+        gram: whether the Gram matrices are wanted.
     """
     wanted = [place for place in places(model, kinds) if only is None or place in only]
 
     @contextmanager
     def listener(layer: int, module: nn.Module) -> Iterator[None]:
-        ears = {place: _Ear(model, place, module, context.device) for place in wanted if place[1] == layer}
+        ears = {place: _Ear(model, place, module, context.device, gram) for place in wanted if place[1] == layer}
         yield
         for place, ear in ears.items():
             tell(place, ear.heard())
@@ -166,27 +173,30 @@ def listen(
 class _Ear:
     """Adds up what one projection receives until it is asked."""
 
-    def __init__(self, model: CausalLM, place: Place, module: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: CausalLM, place: Place, module: nn.Module, device: torch.device, gram: bool) -> None:
         name, layer = place
         role = KINDS[name].role
         self.weight = model.tensor(role, layer).to(device).float()
         size = self.weight.shape[1]
         self.unit = size // KINDS[name].units(model.spec.layers[layer])
-        self.gram, self.total = torch.zeros(size, size, device=device), torch.zeros(size, device=device)
+        self.square, self.total = torch.zeros(2, size, device=device)
+        self.gram = torch.zeros(size, size, device=device) if gram else None
         self.tokens = 0
         owner = module.get_submodule(model.inner_name(role, layer).removesuffix(".weight"))
         self.handle = owner.register_forward_pre_hook(self._hear)
 
     def _hear(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].flatten(0, -2)  # (tokens, F)
-        self.gram += product(x, x)
+        if self.gram is not None:
+            self.gram += product(x, x)
+        self.square += x.float().square().sum(0)
         self.total += x.sum(0, dtype=torch.float32)
         self.tokens += len(x)
 
     def heard(self) -> Heard:
         """What it was, and stop listening."""
         self.handle.remove()
-        return Heard(self.weight, self.gram, self.total, self.tokens, self.unit)
+        return Heard(self.weight, self.square, self.total, self.tokens, self.unit, self.gram)
 
 
 def output_error(dense: Tensor, cut: Tensor, keep: Tensor, gram: Tensor) -> float:
@@ -290,5 +300,5 @@ def _summary(model: CausalLM, config: WidthsConfig, left: Mapping[Place, int], e
         after = [left.get((name, at), units) for at, units in enumerate(before)]
         span = f"{min(after)}" if min(after) == max(after) else f"{min(after)} to {max(after)}"
         words.append(f"{name} {max(before)} → {span}")
-    mean = sum(errors.values()) / len(errors)
-    return f"widths: {', '.join(words)}{', refitted' * config.restore}; output error {mean:.2%} a layer"
+    summary = f"widths: {', '.join(words)}{', refitted' * config.restore}"
+    return summary + (f"; output error {sum(errors.values()) / len(errors):.2%} a layer" if errors else "")

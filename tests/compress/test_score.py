@@ -16,8 +16,9 @@ from flabc.recipe import Recipe
 
 
 def heard(inputs: np.ndarray, down: np.ndarray) -> Heard:
-    sums = (torch.from_numpy(array).float() for array in (inputs.T @ inputs, inputs.sum(0)))
-    return Heard(torch.from_numpy(down).float(), *sums, len(inputs))
+    arrays = (down, np.square(inputs).sum(0), inputs.sum(0), inputs.T @ inputs)
+    weight, square, total, gram = (torch.from_numpy(array).float() for array in arrays)
+    return Heard(weight, square, total, len(inputs), gram=gram)
 
 
 def root_mean_square(inputs: np.ndarray) -> np.ndarray:
@@ -65,7 +66,7 @@ def test_every_score_is_what_numpy_finds_on_the_activations(seed: int, tokens: i
     inputs, down = rng.normal(size=(tokens, 7)), rng.normal(size=(5, 7))
     assert set(REFERENCES) == set(SCORES)
     for name, score in SCORES.items():
-        np.testing.assert_allclose(score(heard(inputs, down)).numpy(), REFERENCES[name](inputs, down), 2e-3, 1e-5)
+        np.testing.assert_allclose(score.worth(heard(inputs, down)).numpy(), REFERENCES[name](inputs, down), 2e-3, 1e-5)
 
 
 @settings(max_examples=20, deadline=None)
@@ -81,9 +82,9 @@ def test_the_scores_of_heads_are_those_of_their_inputs_together(seed: int, token
         "wifv": np.sum,
     }.items():
         expected = [together(each) for each in REFERENCES[name](inputs, weight).reshape(4, 3)]
-        np.testing.assert_allclose(SCORES[name](groups).numpy(), expected, 2e-3, 1e-5)
-    np.testing.assert_allclose(SCORES["obs"](groups).numpy(), one_after_another(inputs, weight, 3), 2e-3, 1e-5)
-    assert SCORES["first_n"](groups).tolist() == [4, 3, 2, 1]
+        np.testing.assert_allclose(SCORES[name].worth(groups).numpy(), expected, 2e-3, 1e-5)
+    np.testing.assert_allclose(SCORES["obs"].worth(groups).numpy(), one_after_another(inputs, weight, 3), 2e-3, 1e-5)
+    assert SCORES["first_n"].worth(groups).tolist() == [4, 3, 2, 1]
 
 
 def test_what_obs_keeps_stands_in_best_for_what_goes() -> None:
@@ -93,7 +94,7 @@ def test_what_obs_keeps_stands_in_best_for_what_goes() -> None:
     weight = rng.normal(size=(20, 192))
 
     def error(score: str) -> float:
-        kept = SCORES[score](heard(inputs, weight)).topk(96).indices.numpy()
+        kept = SCORES[score].worth(heard(inputs, weight)).topk(96).indices.numpy()
         found = inputs[:, kept] @ np.linalg.lstsq(inputs[:, kept], inputs @ weight.T, rcond=None)[0]
         return float(np.square(inputs @ weight.T - found).sum())
 
@@ -103,9 +104,9 @@ def test_what_obs_keeps_stands_in_best_for_what_goes() -> None:
 def test_scores_worked_out_by_hand() -> None:
     two_tokens = heard(np.array([[3.0, 0.0], [4.0, 1.0]]), np.array([[3.0, 0.0], [4.0, 2.0]]))
     assert two_tokens.mean_square.tolist() == [12.5, 0.5]
-    assert SCORES["magnitude"](two_tokens).tolist() == [5, 2]
-    assert SCORES["activation"](two_tokens).tolist() == pytest.approx([12.5**0.5, 0.5**0.5])
-    assert SCORES["wanda"](two_tokens).tolist() == pytest.approx([5 * 12.5**0.5, 2 * 0.5**0.5])
+    assert SCORES["magnitude"].worth(two_tokens).tolist() == [5, 2]
+    assert SCORES["activation"].worth(two_tokens).tolist() == pytest.approx([12.5**0.5, 0.5**0.5])
+    assert SCORES["wanda"].worth(two_tokens).tolist() == pytest.approx([5 * 12.5**0.5, 2 * 0.5**0.5])
 
 
 def test_editors_are_offered_every_registered_score() -> None:

@@ -121,13 +121,13 @@ def test_what_is_heard_is_what_transformers_hooks_hear(pair: tuple[CausalLM, Any
         assert torch.equal(heard[layer].weight, theirs.model.layers[layer].mlp.down_proj.weight)
 
 
-@pytest.mark.parametrize("restore", [False, True])
+@pytest.mark.parametrize(("score", "restore"), [("obs", False), ("wanda", True)])
 def test_the_plan_tells_the_error_it_makes_and_applies_as_it_says(
-    pair: tuple[CausalLM, Any], make_context: MakeContext, tmp_path: Path, restore: bool
+    pair: tuple[CausalLM, Any], make_context: MakeContext, tmp_path: Path, score: str, restore: bool
 ) -> None:
     ours, theirs = pair
     context = make_context(ours)
-    made = widths.plan(ours, config_of(rate=0.5, restore=restore), context)
+    made = widths.plan(ours, config_of(rate=0.5, score=score, restore=restore), context)
     down = {
         layer: theirs.model.layers[layer].mlp.down_proj.weight.detach()[:, list(k)] for layer, k in kept(made).items()
     }

@@ -1,0 +1,257 @@
+"""Pruning methods against each other on one model: the table of the README, measured cell by cell.
+
+    python perf/methods.py MODEL_FOLDER --work build/methods
+
+Every method gets the same calibration text, tokens and seed. What is in the result already, made by the same recipe,
+is not made again; so the run can be cut off and started anew. Models and answers lie in the work folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flabc import api, artifact
+from flabc.compress import checkpoint, load, pipeline, vocab
+from flabc.compress.config import Calibration
+from flabc.compress.data import corpus
+from flabc.compress.model import CausalLM
+from flabc.compress.stage import encoder
+from flabc.errors import FlabcError
+from flabc.perf import comparison, evaluation
+from flabc.recipe import Recipe, parse
+from flabc.runtime.evaluate.task import EvalOptions
+from flabc.runtime.measure.environment import environment
+from flabc.spec import ModelSpec
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+#: Text that the vocabulary is chosen on, and text that is listened to.
+VOCABULARY = ["python-stdlib", "python-packages", "english"]
+CALIBRATION = {"corpus": ["python-stdlib", "python-packages"], "sequences": 128, "sequence_length": 512}
+
+#: How much is left: of all parameters, or of those inside the layers.
+TARGETS: dict[str, dict[str, float]] = {
+    f"{of}-{percent}": {field: 1 - percent / 100}
+    for percent in (22, 35, 50)
+    for of, field in (("all", "params"), ("blocks", "block_params"))
+}
+
+#: Sizes at which code is written, not only read.
+WRITTEN = ("all-22", "all-35", "blocks-22", "blocks-35")
+
+DENSE = "dense"
+
+Stages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row: its name in the table, and the stages that make it at a size.
+
+    Args:
+        title: as the table shows it.
+        stages: from the dense model's spec, the parameters to leave, and whether the vocabulary may be cut.
+        emitted: cut the vocabulary first to the tokens that the corpus emits, whatever they are derived from.
+        target: whether the stages are told the target; else they count for themselves.
+    """
+
+    title: str
+    stages: Callable[[ModelSpec, int, bool], Stages]
+    emitted: bool = False
+    target: bool = True
+
+
+def layers_to_go(spec: ModelSpec, parameters: int, share: float = 1.0) -> int:
+    """Whole layers that come nearest to a share of what has to go."""
+    inside = spec.num_parameters - spec.model_copy(update={"layers": spec.layers[:1]}).num_parameters
+    return round(share * (spec.num_parameters - parameters) / (inside / (len(spec.layers) - 1)))
+
+
+def flab_pruner(spec: ModelSpec, parameters: int, _: bool) -> Stages:
+    """Layers by the last token's cosine for half of what has to go, the first channels of each FFN for the rest."""
+    count = math.floor(layers_to_go(spec, parameters, 0.5))
+    cut = {"stage": "layers", "count": count, "criterion": "last_token_cosine"}
+    narrowed = {"stage": "widths", "score": "first_n", "restore": False, "multiple_of": 1}
+    return [*([cut] if count else []), narrowed]
+
+
+def shortgpt(spec: ModelSpec, parameters: int, _: bool) -> Stages:
+    """The nearest number of whole layers, by block influence, measured once."""
+    count = layers_to_go(spec, parameters)
+    return [{"stage": "layers", "count": count, "criterion": "bi", "order": "one_shot", "sequences": 64}]
+
+
+def wanda_sp(*_: Any) -> Stages:
+    """The same rate everywhere. Channels only: a rate cannot be taken from the two KV groups of this model."""
+    return [{"stage": "widths", "score": "wanda", "restore": False, "multiple_of": 1}]
+
+
+def flap(*_: Any) -> Stages:
+    """One standardised threshold over channels and KV groups. Without its bias, which the architecture lacks."""
+    return [
+        {
+            "stage": "widths",
+            "of": ["ffn", "heads"],
+            "score": "wifv",
+            "allocation": "global",
+            "restore": False,
+            "multiple_of": 1,
+        }
+    ]
+
+
+def ours(*, restore: bool) -> Callable[[ModelSpec, int, bool], Stages]:
+    """Vocabulary first, then channels one after another; restored in sequence or not."""
+
+    def stages(spec: ModelSpec, parameters: int, cut_vocabulary: bool) -> Stages:
+        rows = vocabulary_rows(spec, parameters)
+        cut = {"stage": "vocab", "corpus": VOCABULARY, "max_size": rows}
+        narrowed = {"stage": "widths", "score": "obs", "restore": False}
+        return [*([cut] if cut_vocabulary else []), narrowed, *([{"stage": "restore"}] if restore else [])]
+
+    return stages
+
+
+def vocabulary_rows(spec: ModelSpec, parameters: int) -> int:
+    """As many rows as the target has to lose, but no fewer than a fifth: what a smaller vocabulary saves is little."""
+    rows = spec.vocab_size - (spec.num_parameters - parameters) // spec.hidden_size
+    return max(rows, spec.vocab_size // 5) // 64 * 64
+
+
+METHODS = {
+    "flab-pruner": Method("Flab-Pruner as its code ships", flab_pruner, emitted=True),
+    "shortgpt": Method("ShortGPT", shortgpt, target=False),
+    "wanda-sp": Method("Wanda-sp, uniform", wanda_sp),
+    "flap": Method("FLAP", flap),
+    "ours-unrestored": Method("flabc without restoration", ours(restore=False)),
+    "ours": Method("flabc", ours(restore=True)),
+}
+
+
+def main() -> None:
+    """Fill the cells that are missing, one after another."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a Hugging Face folder")
+    parser.add_argument("--name", default="qwen2.5-coder-0.5b", help="the model's name in the result")
+    parser.add_argument("--work", type=Path, default=Path("build/methods"))
+    parser.add_argument("--sizes", nargs="+", default=list(TARGETS), choices=TARGETS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--skip-written", action="store_true", help="leave HumanEval for another run")
+    asked = parser.parse_args()
+    asked.work.mkdir(parents=True, exist_ok=True)
+    table = Table(RESULTS / f"{asked.name}.methods.json", asked.work, asked.model)
+    table.measure(DENSE, asked.model, written=not asked.skip_written)
+    for size in asked.sizes:
+        for name in asked.methods:
+            key = f"{size}/{name}"
+            if table.make(key, METHODS[name], size):
+                table.measure(key, str(asked.work / key), written=size in WRITTEN and not asked.skip_written)
+
+
+class Table:
+    """The result file, and the folder where models and answers lie."""
+
+    def __init__(self, file: Path, work: Path, model: str) -> None:
+        self.file, self.work, self.model = file, work, model
+        self.cells: dict[str, Any] = json.loads(file.read_text())["cells"] if file.is_file() else {}
+
+    def make(self, key: str, method: Method, size: str) -> bool:
+        """Compress, unless it is done; whether there is a model."""
+        dense = api.inspect(self.model).spec
+        left = pipeline.parameters_left(pipeline.Target.model_validate(TARGETS[size]), dense)
+        recipe = recipe_of(key, method, dense, left, size)
+        cell = self.cells.get(key, {})
+        made = self.work / key
+        if cell.get("recipe") == recipe.model_dump(mode="json") and ("error" in cell or made.exists()):
+            return "error" not in cell
+        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(self.work / "answers" / key, ignore_errors=True)
+        self.cells[key] = cell = {"recipe": recipe.model_dump(mode="json"), "title": method.title}
+        try:
+            cell |= compress(self.model, recipe, made, emitted=method.emitted and size.startswith("all"))
+        except FlabcError as error:
+            cell["error"] = str(error)
+        self.save()
+        return "error" not in cell
+
+    def measure(self, key: str, model: str, *, written: bool) -> None:
+        """What the model says of held-out text and, if wanted, the programs that it writes."""
+        cell = self.cells.setdefault(key, {"title": key, "parameters": api.inspect(model).spec.num_parameters})
+        for task in ("perplexity", "kl", *(["humaneval"] if written else [])):
+            if task not in cell and not (key == DENSE and task == "kl"):
+                try:
+                    cell[task] = self.evaluate(key, model, task)
+                except FlabcError as error:
+                    cell[task] = {"error": str(error)}
+                self.save()
+
+    def evaluate(self, key: str, model: str, task: str) -> list[dict[str, Any]]:
+        """The rows of one evaluation, paired with the dense model's answers."""
+        options = EvalOptions(task=task, dtype="bfloat16", allow_code_execution=task == "humaneval")
+        folder = self.work / "answers" / key / task
+        if not folder.exists():
+            baseline = self.model if task == "kl" else None
+            api.evaluate(model, options, baseline=baseline, output=folder)
+        if task == "kl" or key == DENSE:
+            rows: Sequence[comparison.EvalRow] = api.read_evaluation(folder).rows
+        else:
+            both = [evaluation.read_records(at) for at in (folder, self.work / "answers" / DENSE / task)]
+            rows = comparison.compare(options, *both)
+        return [row.model_dump(mode="json") for row in rows]
+
+    def save(self) -> None:
+        """Write the result; what was there stays until the new one is whole."""
+        content = {"environment": environment(), "cells": self.cells}
+        part = self.file.with_suffix(".part")
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        part.replace(self.file)
+
+
+def recipe_of(key: str, method: Method, dense: ModelSpec, left: int, size: str) -> Recipe:
+    """A cell's recipe."""
+    stages = method.stages(dense, left, size.startswith("all"))
+    target = {"target": {"params": left}} if method.target else {}
+    return parse({"name": key, **target, "calibration": CALIBRATION, "stages": stages}, key)
+
+
+def compress(model: str, recipe: Recipe, folder: Path, *, emitted: bool) -> dict[str, Any]:
+    """Write the compressed model; how long it took without reading and writing, and what is left."""
+    dense = load.load(model)
+    started = time.monotonic()
+    start = emitted_only(dense, recipe.calibration) if emitted else dense
+    cut, receipts, _ = pipeline.run(start, recipe.stages, target=recipe.target, calibration=recipe.calibration)
+    seconds = time.monotonic() - started
+    with artifact.create(folder, "checkpoint", force=False) as draft:
+        checkpoint.write(cut, draft.path)
+        draft.spec, draft.recipe, draft.source, draft.seed = cut.spec, recipe.model_dump(mode="json"), dense.source, 0
+        draft.receipts = {"stages": [receipt.as_dict() for receipt in receipts]}
+    shape = [layer.model_dump() for layer in cut.spec.layers]
+    return {
+        "parameters": cut.spec.num_parameters,
+        "vocab_size": cut.spec.vocab_size,
+        "layers": shape if len({json.dumps(layer) for layer in shape}) > 1 else [len(shape), shape[0]],
+        "seconds": round(seconds, 1),
+        "stages": [receipt.summary for receipt in receipts],
+    }
+
+
+def emitted_only(model: CausalLM, calibration: Calibration) -> CausalLM:
+    """The vocabulary cut to the tokens that text gives and the added ones, as Flab-Pruner's code cuts it."""
+    counts = vocab.count_tokens(
+        encoder(model.tokenizer), corpus.stream(calibration.corpus, "calibration"), model.spec.vocab_size
+    )
+    seen = {int(index) for each in counts.values() for index in each.nonzero()[0]}
+    added = {entry["id"] for entry in model.tokenizer.tokenizer.get("added_tokens", [])}
+    return vocab.apply(model, vocab.VocabPlan("", keep=tuple(sorted(seen | added))))
+
+
+if __name__ == "__main__":
+    main()
