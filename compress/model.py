@@ -104,7 +104,7 @@ def check_weights(model: CausalLM) -> None:
 def cut_vocab(model: CausalLM, keep: Sequence[int]) -> CausalLM:
     """Keep these rows of the embedding and the output matrix, in this order. The tokenizer is the caller's."""
     weights = dict(model.weights)
-    _take(weights, model.family.tensors, Axis.VOCAB, keep, None)
+    _take(weights, model.family.tensors, {Axis.VOCAB: keep}, None, model.spec)
     spec = model.spec.model_copy(update={"vocab_size": len(keep)})
     return replace(model, spec=spec, weights=weights, token_origin=tuple(model.token_origin[old] for old in keep))
 
@@ -116,7 +116,11 @@ def cut_layers(model: CausalLM, keep: Sequence[int]) -> CausalLM:
         inner |= {f"model.layers.{new}.{name}": t for name, t in model.layer_weights(old).items()}
     layers = tuple(model.spec.layers[old] for old in keep)
     spec = model.spec.model_copy(update={"layers": layers})
-    return replace(model, spec=spec, weights=inner, layer_origin=tuple(model.layer_origin[old] for old in keep))
+    config = dict(model.config)
+    if config.get("layer_types"):  # which layers look through a window goes with the layers
+        config["layer_types"] = [config["layer_types"][old] for old in keep]
+    origin = tuple(model.layer_origin[old] for old in keep)
+    return replace(model, spec=spec, config=config, weights=inner, layer_origin=origin)
 
 
 def cut_sub_blocks(model: CausalLM, attention: Collection[int] = (), ffn: Collection[int] = ()) -> CausalLM:
@@ -137,7 +141,7 @@ def cut_channels(model: CausalLM, keep: Mapping[int, Sequence[int]]) -> CausalLM
     """Keep these FFN channels of each layer named, in this order; exact for all that is kept."""
     weights, layers = dict(model.weights), list(model.spec.layers)
     for layer, channels in keep.items():
-        _take(weights, model.family.layer_tensors, Axis.INTERMEDIATE, channels, layer)
+        _take(weights, model.family.layer_tensors, {Axis.INTERMEDIATE: channels}, layer, model.spec)
         layers[layer] = _resized(layers[layer], intermediate_size=len(channels))
     return replace(model, spec=model.spec.model_copy(update={"layers": tuple(layers)}), weights=weights)
 
@@ -147,9 +151,11 @@ def cut_heads(model: CausalLM, keep: Mapping[int, Sequence[int]]) -> CausalLM:
     weights, layers, size = dict(model.weights), list(model.spec.layers), model.spec.head_dim
     for layer, groups in keep.items():
         group = layers[layer].num_attention_heads // layers[layer].num_key_value_heads
-        for axis, width in ((Axis.KV, size), (Axis.QUERY, group * size)):
-            rows = [at * width + offset for at in groups for offset in range(width)]
-            _take(weights, model.family.layer_tensors, axis, rows, layer)
+        rows = {
+            space: [at * width + offset for at in groups for offset in range(width)]
+            for space, width in ((Axis.KV, size), (Axis.QUERY, group * size))
+        }
+        _take(weights, model.family.layer_tensors, rows, layer, model.spec)
         heads = {"num_attention_heads": group * len(groups), "num_key_value_heads": len(groups)}
         layers[layer] = _resized(layers[layer], **heads)
     return replace(model, spec=model.spec.model_copy(update={"layers": tuple(layers)}), weights=weights)
@@ -162,13 +168,34 @@ def _resized(layer: LayerSpec, **sizes: int) -> LayerSpec:
 def _take(
     weights: dict[str, Tensor],
     slots: Sequence[TensorSlot],
-    axis: Axis,
-    keep: Sequence[int],
+    keep: Mapping[Axis, Sequence[int]],
     layer: int | None,
+    spec: ModelSpec,
 ) -> None:
-    """Select ``keep`` along ``axis`` in every tensor that lives there."""
-    index = torch.as_tensor(keep, dtype=torch.long)
+    """Select along every axis that lies in one of the spaces of ``keep``, in every tensor that has one.
+
+    Args:
+        weights: changed in place.
+        slots: the tensors.
+        keep: indices to keep, by space.
+        layer: the layer that the tensors belong to, if any.
+        spec: the shapes before the cut.
+    """
     for slot in slots:
         name = slot.name.format(layer=layer)
-        if axis in slot.axes and name in weights:
-            weights[name] = weights[name].index_select(slot.axes.index(axis), index)
+        for at in range(len(slot.axes)):
+            if name in weights and keep.keys() & set(slot.segments(at)):
+                index = torch.as_tensor(_places(slot.segments(at), keep, layer, spec), dtype=torch.long)
+                weights[name] = weights[name].index_select(at, index)
+
+
+def _places(
+    segments: Sequence[Axis], keep: Mapping[Axis, Sequence[int]], layer: int | None, spec: ModelSpec
+) -> list[int]:
+    """Indices along an axis made of segments."""
+    places, begin = list[int](), 0
+    for space in segments:
+        size = spec.axis_size(space, None if layer is None else spec.layers[layer])
+        places += (begin + index for index in keep.get(space, range(size)))
+        begin += size
+    return places

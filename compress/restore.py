@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from flabc.console import progress
+from flabc.errors import StageError
 
 from .config import RestoreConfig
 from .gram import DAMPING, damped, product
 from .model import CausalLM, cut_vocab
 from .stage import Context, Plan, Stage
-from .walk import WHOLE, Walk, build_layer, forward
+from .walk import WHOLE, Walk
 
 #: Tokens whose inputs are held in float32 at once.
 TOKENS = 2048
@@ -33,22 +34,31 @@ class RestorePlan(Plan):
 
 
 def plan(model: CausalLM, config: RestoreConfig, context: Context) -> RestorePlan:
-    """Refit every layer's FFN output projection to the dense model's hidden states."""
+    """Refit every layer's FFN output projection to the dense model's hidden states.
+
+    Raises:
+        StageError: if a norm stands between the projection and the hidden states, as in Gemma: no closed form is known.
+    """
+    if model.family.normed_outputs:
+        raise StageError(
+            f"The restore stage does not work on {model.family.name}: a norm follows each output projection.",
+            fix="Leave the stage away; the widths stage refits locally (restore: true).",
+        )
+    multiplier = float(model.config[model.family.output_multiplier]) if model.family.output_multiplier else 1.0
     tokens = context.tokens(model)
     targets = dense_states(model, context, tokens)
     walk = Walk(model, tokens, context.device, context.dtype)
     hidden = walk.embed()
-    positions = walk.positions(hidden)
     down, before, after = {}, 0.0, 0.0
     with torch.no_grad(), progress("restoring layers", len(model.spec.layers)) as advance:
         for layer, target in enumerate(targets):
-            hidden, inputs = _through(walk, layer, hidden, positions)
+            hidden, inputs = _through(walk, layer, hidden)
             before = _distance(hidden, target)
             if inputs is not None:
                 gap = (target.float() - hidden).flatten(0, 1)  # (N * T, D)
-                change = explain(gap, inputs, config.damping)
+                change = explain(gap / multiplier, inputs, config.damping)
                 down[layer] = model.tensor("down", layer).float() + change.cpu()
-                hidden += (inputs @ change.T.to(inputs.dtype)).view_as(hidden)
+                hidden += multiplier * (inputs @ change.T.to(inputs.dtype)).view_as(hidden)
             after = _distance(hidden, target)
             advance(1)
     details = {"refitted": len(down), "last_layer_before": round(before, 6), "last_layer": round(after, 6)}
@@ -79,14 +89,13 @@ def dense_states(model: CausalLM, context: Context, tokens: Tensor) -> Iterator[
     dense = cut_vocab(context.dense, model.token_origin)
     walk = Walk(dense, tokens, context.device, context.dtype)
     hidden = walk.embed()
-    positions = walk.positions(hidden)
     ends = [*model.layer_origin[:-1], len(dense.spec.layers) - 1]
     begin = 0
     for end in ends:
         with torch.no_grad():
             for index in range(begin, end + 1):
-                layer = build_layer(dense, index, WHOLE, walk.fetch(index))
-                hidden = forward(layer, hidden, positions)
+                layer = walk.layer(index, WHOLE, walk.fetch(index))
+                hidden = walk.surround.forward(layer, index, hidden)
         begin = end + 1
         yield hidden
 
@@ -141,15 +150,15 @@ def _solve(gram: Tensor, right: Tensor, damping: float) -> Tensor:
     return torch.cholesky_solve(right, torch.linalg.cholesky(damped(gram, damping)))
 
 
-def _through(walk: Walk, index: int, hidden: Tensor, positions: Mapping[str, object]) -> tuple[Tensor, Tensor | None]:
+def _through(walk: Walk, index: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
     """One layer of the cut model: its output, (N, T, D), float32, and its projection's inputs, (N * T, F), if any."""
     model = walk.model
-    layer = build_layer(model, index, WHOLE, walk.fetch(index))
+    layer = walk.layer(index, WHOLE, walk.fetch(index))
     seen: list[Tensor] = []
     if model.spec.layers[index].has_ffn:
         projection = layer.get_submodule(model.inner_name("down", index).removesuffix(".weight"))
         projection.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
-    output = forward(layer, hidden.to(walk.dtype), positions).float()
+    output = walk.surround.forward(layer, index, hidden.to(walk.dtype)).float()
     return output, torch.cat(seen) if seen else None
 
 

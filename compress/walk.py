@@ -9,24 +9,20 @@ Letters in shape comments: N sequences, T tokens of each, D hidden_size, V vocab
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from flabc.console import progress
-from flabc.families import Part
 from flabc.spec import ModelSpec
 
 from .criteria import Readout
+from .decoder import Surround, build_layer
 from .model import CausalLM
-
-#: Sequences computed at once.
-BATCH = 4
 
 #: Rows of logits held at once: small enough to stay in the processor's cache.
 LOGIT_ROWS = 256
@@ -89,13 +85,11 @@ class Walk:
             listener: opened around each layer while it runs; meant for walks with one variant.
         """
         wanted = list(dict.fromkeys(variants))
-        start = self.embed()
-        states: dict[Variant, Tensor] = {(): start}
-        positions = self.positions(start)
+        states: dict[Variant, Tensor] = {(): self.embed()}
         with progress("walking the layers", sum(steps_of(wanted))) as advance:
             for index in range(len(self.model.spec.layers)):
                 branches = dict.fromkeys(variant[: index + 1] for variant in wanted)
-                states = self._through(index, branches, states, positions, listener, advance)
+                states = self._through(index, branches, states, listener, advance)
         return {variant: states[variant] for variant in wanted}
 
     def _through(
@@ -103,7 +97,6 @@ class Walk:
         index: int,
         branches: Iterable[Variant],
         states: Mapping[Variant, Tensor],
-        positions: Mapping[str, Any],
         listener: Listener | None,
         advance: Callable[[int], None],
     ) -> dict[Variant, Tensor]:
@@ -113,45 +106,45 @@ class Walk:
         for prefix in branches:
             hidden = states[prefix[:-1]]
             if not prefix[-1].skips:
-                layer = build_layer(self.model, index, prefix[-1], weights)
+                layer = self.layer(index, prefix[-1], weights)
                 with listener(index, layer) if listener else nullcontext():
-                    hidden = forward(layer, hidden, positions)
+                    hidden = self.surround.forward(layer, index, hidden)
                 advance(1)
             after[prefix] = hidden
         return after
 
+    @cached_property
+    def surround(self) -> Surround:
+        """What is around the layers."""
+        return Surround(self.model, self.device, self.dtype)
+
+    @torch.no_grad()
     def embed(self) -> Tensor:
         """The hidden states that the first layer receives, (N, T, D)."""
-        embedding = self.model.tensor("embedding").to(self.device, self.dtype)
-        return nn.functional.embedding(self.tokens.to(self.device), embedding)
+        return self.surround.embed(self.tokens)
 
     def fetch(self, index: int) -> dict[str, Tensor]:
         """One layer's weights, where and in the precision that the walk computes."""
         return {name: t.to(self.device, self.dtype) for name, t in self.model.layer_weights(index).items()}
 
-    def positions(self, hidden: Tensor) -> dict[str, Any]:
-        """What every layer needs to know about positions: ids and rotary cos and sin."""
-        ids = torch.arange(self.tokens.shape[1], device=self.device)[None]
-        rotary = _class(self.model.family.rotary)(config=layer_config(self.model, 0)).to(self.device)
-        return {"position_ids": ids, "position_embeddings": rotary(hidden[:1], ids)}
+    def layer(self, index: int, decision: Decision, weights: Mapping[str, Tensor]) -> nn.Module:
+        """A layer on weights that were fetched, with what a decision leaves of it."""
+        return build_layer(self.model, index, weights, attention=decision.attention, ffn=decision.ffn)
 
     @torch.no_grad()
     def stream(self, variant: Variant) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor]]]:
         """The residual stream of a variant: before, between the sub-blocks of, and after each layer, (N, T, D) each."""
         hidden = self.embed()
-        positions = self.positions(hidden)
         for index, decision in enumerate(variant):
             weights = self.fetch(index)
-            between = self._half(index, Decision(decision.attention, ffn=False), weights, hidden, positions)
-            after = self._half(index, Decision(attention=False, ffn=decision.ffn), weights, between, positions)
+            between = self._half(index, Decision(decision.attention, ffn=False), weights, hidden)
+            after = self._half(index, Decision(attention=False, ffn=decision.ffn), weights, between)
             yield index, (hidden, between, after)
             hidden = after
 
-    def _half(
-        self, index: int, half: Decision, weights: Mapping[str, Tensor], hidden: Tensor, positions: Mapping[str, Any]
-    ) -> Tensor:
+    def _half(self, index: int, half: Decision, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         """One sub-block of a layer and the residual around it."""
-        return hidden if half.skips else forward(build_layer(self.model, index, half, weights), hidden, positions)
+        return hidden if half.skips else self.surround.forward(self.layer(index, half, weights), index, hidden)
 
     @torch.no_grad()
     def readouts(self, hidden: Mapping[Variant, Tensor]) -> Iterator[dict[Variant, Readout]]:
@@ -159,16 +152,12 @@ class Walk:
 
         The last position of each sequence is left out: nothing comes after it.
         """
-        norm = self.model.tensor("final_norm").to(self.device, self.dtype)
-        matrix = self.model.output_matrix.to(self.device, self.dtype)  # (V, D)
+        head = self.surround.head()
         targets = self.tokens[:, 1:].reshape(-1).to(self.device)
         flat = {variant: h[:, :-1].reshape(-1, h.shape[-1]) for variant, h in hidden.items()}
-        eps = self.model.spec.rms_norm_eps
         for start in range(0, len(targets), LOGIT_ROWS):
             rows = slice(start, start + LOGIT_ROWS)
-            yield {
-                variant: Readout(_log_probs(h[rows], norm, matrix, eps), targets[rows]) for variant, h in flat.items()
-            }
+            yield {variant: Readout(head.log_probs(h[rows]), targets[rows]) for variant, h in flat.items()}
 
     def costs(
         self,
@@ -200,84 +189,3 @@ def steps_of(variants: Sequence[Variant]) -> list[int]:
     """Layer evaluations that the walk needs at each depth: distinct prefixes whose last layer is not skipped."""
     depth = len(variants[0]) if variants else 0
     return [sum(not p[-1].skips for p in {v[: i + 1] for v in variants}) for i in range(depth)]
-
-
-def build_layer(model: CausalLM, index: int, decision: Decision, weights: Mapping[str, Tensor]) -> nn.Module:
-    """Transformers' own decoder layer for one layer of the model, on the given weights, without copying them.
-
-    Args:
-        model: the model that the layer belongs to.
-        index: which layer.
-        decision: what is left of it.
-        weights: the layer's tensors by their names inside the layer.
-    """
-    shape = model.spec.layers[index]
-    present = {
-        Part.ATTENTION: decision.attention and shape.has_attention,
-        Part.FFN: decision.ffn and shape.has_ffn,
-    }
-    with torch.device("meta"):
-        layer: nn.Module = _class(model.family.decoder_layer)(layer_config(model, index), 0)
-    for slot in model.family.layer_tensors:
-        if slot.part in present and not present[slot.part]:
-            _silence(layer, slot.name.format(layer=index).split(f".{index}.", 1)[1])
-    kept = {name: tensor for name, tensor in weights.items() if name in layer.state_dict()}
-    layer.load_state_dict(kept, strict=True, assign=True)
-    return layer.eval()
-
-
-def layer_config(model: CausalLM, index: int) -> Any:
-    """A transformers config in which every layer has the shape of layer ``index``."""
-    from transformers import AutoConfig
-
-    shape = {key: size or 1 for key, size in model.spec.layers[index].model_dump().items()}
-    fields = {key: value for key, value in model.config.items() if key not in ("model_type", "transformers_version")}
-    fields |= shape | {"head_dim": model.spec.head_dim, "num_hidden_layers": 1, "layer_types": None}
-    config = AutoConfig.for_model(model.spec.family, **fields)
-    config._attn_implementation = "sdpa"
-    return config
-
-
-class _Absent(nn.Module):
-    """Stands where a sub-block was: it adds nothing to the residual stream."""
-
-    def __init__(self, returns_pair: bool) -> None:
-        super().__init__()
-        self.returns_pair = returns_pair
-
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor | tuple[Tensor, None]:
-        zeros = torch.zeros_like(hidden_states)
-        return (zeros, None) if self.returns_pair else zeros
-
-
-def _silence(layer: nn.Module, parameter: str) -> None:
-    """Take the module that owns a parameter out of the layer: a norm passes through, a sub-block adds nothing."""
-    child = parameter.split(".")[0]
-    present = getattr(layer, child)
-    if isinstance(present, (_Absent, nn.Identity)):
-        return
-    is_norm = parameter.count(".") == 1
-    setattr(layer, child, nn.Identity() if is_norm else _Absent(returns_pair="attn" in child))
-
-
-def forward(layer: nn.Module, hidden: Tensor, positions: Mapping[str, Any]) -> Tensor:
-    """One layer over sequences, (N, T, D) to (N, T, D), ``BATCH`` of them at a time."""
-    return torch.cat([_forward(layer, part, positions) for part in torch.split(hidden, BATCH)])
-
-
-def _forward(layer: nn.Module, hidden: Tensor, positions: Mapping[str, Any]) -> Tensor:
-    # No mask: transformers' sdpa is causal then.
-    result = layer(hidden, attention_mask=None, past_key_values=None, use_cache=False, **positions)
-    output: Tensor = result[0] if isinstance(result, tuple) else result
-    return output
-
-
-def _log_probs(hidden: Tensor, norm: Tensor, matrix: Tensor, eps: float) -> Tensor:
-    """Log-probabilities of the next token, (n, V), float32."""
-    scaled = nn.functional.rms_norm(hidden.float(), hidden.shape[-1:], norm.float(), eps)
-    return torch.log_softmax((scaled.to(matrix.dtype) @ matrix.T).float(), -1)
-
-
-def _class(path: str) -> Any:
-    module, name = path.split(":")
-    return getattr(importlib.import_module(module), name)

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from flabc.artifact import GRAPH, SCORING_GRAPH
 from flabc.console import progress
-from flabc.errors import UnknownNameError
+from flabc.errors import ModelError, UnknownNameError
 from flabc.spec import ModelSpec
 
 from .dialects.onnxruntime_contrib import OnnxRuntimeDialect
@@ -33,6 +33,9 @@ COPIED = (
 #: The weights that both graphs read.
 DATA = f"{GRAPH}.data"
 
+#: The families whose graph can be built.
+FAMILIES = ("llama", "qwen2")
+
 TARGETS = ("onnx",)
 PRECISIONS = ("fp32",)
 
@@ -46,8 +49,9 @@ def write(checkpoint: Path, spec: ModelSpec, out: Path) -> None:
         out: a folder that exists.
 
     Raises:
-        ModelError: if a tensor is missing.
+        ModelError: if the graph cannot be built for this model, or a tensor is missing.
     """
+    check_exportable(spec)
     weights = CheckpointWeights(checkpoint, spec)
     model = build(Graph(spec, weights), OnnxRuntimeDialect(spec))
     total = len(model.graph.initializers)
@@ -61,6 +65,27 @@ def write(checkpoint: Path, spec: ModelSpec, out: Path) -> None:
             shutil.copyfile(checkpoint / name, out / name)
     generation = read_json(checkpoint / "generation_config.json") or read_json(checkpoint / "config.json")
     write_json(out / "genai_config.json", genai_config(spec, generation))
+
+
+def check_exportable(spec: ModelSpec) -> None:
+    """Refuse a model whose graph this version cannot build.
+
+    Raises:
+        ModelError: naming what is not known.
+    """
+    if spec.family not in FAMILIES:
+        raise ModelError(
+            f"flabc cannot export {spec.family} models yet.",
+            expected=f"one of {', '.join(FAMILIES)}",
+            fix="Serve the checkpoint with transformers: it loads there.",
+        )
+    if spec.rope_type != "default":
+        raise ModelError(
+            "flabc cannot export scaled rotary positions yet.",
+            expected="rope_type 'default'",
+            found=repr(spec.rope_type),
+            fix="Serve the checkpoint with transformers: it loads there.",
+        )
 
 
 def check_choice(kind: str, value: str, known: tuple[str, ...]) -> None:

@@ -49,8 +49,8 @@ class CheckpointWeights:
         return tensor.astype(np.float32)
 
     def axes(self, role: str) -> tuple[Axis, Axis]:
-        """The spaces of a linear weight's rows and columns."""
-        rows, columns = self._slots[role].axes
+        """The spaces of a linear weight's rows and columns; its projections are not fused."""
+        (rows,), (columns,) = (self._slots[role].segments(axis) for axis in range(2))
         return rows, columns
 
     def has(self, role: str, spec: ModelSpec) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 
 from flabc import api, artifact
 from flabc.compress import checkpoint, load, pipeline, vocab
-from flabc.compress.config import Calibration
+from flabc.compress.config import Calibration, Target
 from flabc.compress.data import corpus
 from flabc.compress.model import CausalLM
 from flabc.compress.stage import encoder
@@ -166,7 +166,7 @@ class Table:
     def make(self, key: str, method: Method, size: str) -> bool:
         """Compress, unless it is done; whether there is a model."""
         dense = api.inspect(self.model).spec
-        left = pipeline.parameters_left(pipeline.Target.model_validate(TARGETS[size]), dense)
+        left = pipeline.parameters_left(Target.model_validate(TARGETS[size]), dense)
         recipe = recipe_of(key, method, dense, left, size)
         cell = self.cells.get(key, {})
         made = self.work / key

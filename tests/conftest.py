@@ -36,6 +36,19 @@ TINY = {
     "initializer_range": 0.2,
 }
 
+#: Layers that look through a window and one that does not.
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+
+#: Llama 3.1's positions, scaled beyond a short original length.
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
 #: Variants: family, and what differs from ``TINY``.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
@@ -45,7 +58,27 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2-untied": ("qwen2", {"tie_word_embeddings": False}),
+    "qwen3-tied": ("qwen3", {"tie_word_embeddings": True}),
+    "mistral-untied": ("mistral", {"tie_word_embeddings": False, "sliding_window": 24}),
+    "gemma2-tied": ("gemma2", {"tie_word_embeddings": True, "sliding_window": 16, "query_pre_attn_scalar": 12}),
+    "gemma3_text-tied": ("gemma3_text", {"tie_word_embeddings": True, "sliding_window": 16, "layer_types": MIXED}),
+    "phi3-untied": ("phi3", {"tie_word_embeddings": False, "num_key_value_heads": 3}),
+    "starcoder2-tied": ("starcoder2", {"tie_word_embeddings": True, "norm_epsilon": 1e-5}),
+    "granite-tied": (
+        "granite",
+        {
+            "tie_word_embeddings": True,
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.5,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "llama-scaled": ("llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE}),
 }
+
+#: Those that the export graph knows.
+EXPORTED = tuple(VARIANTS)[:4]
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -118,7 +151,7 @@ def short_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("short"), "llama-tied", max_position_embeddings=64)
 
 
-@pytest.fixture(params=list(VARIANTS))
+@pytest.fixture(params=EXPORTED)
 def any_tiny(request: pytest.FixtureRequest, tiny: Callable[[str], Path]) -> Path:
     """Every tiny model in turn."""
     return tiny(request.param)

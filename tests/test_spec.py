@@ -92,14 +92,13 @@ def test_a_config_says_the_spec_whether_layers_differ_or_not() -> None:
 
 
 def test_an_unknown_family_is_refused_by_name() -> None:
-    with pytest.raises(UnknownNameError, match=r"'lama'. Did you mean 'llama'\? Known: llama, qwen2"):
+    with pytest.raises(UnknownNameError, match=r"'lama'. Did you mean 'llama'\? Known: .*llama, mistral, phi3, qwen2"):
         ModelSpec.from_config(LLAMA | {"model_type": "lama"})
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "scaled rotary"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ],
 )

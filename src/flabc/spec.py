@@ -69,6 +69,7 @@ class ModelSpec(BaseModel):
     max_position_embeddings: int = Field(gt=0)
     rms_norm_eps: float = Field(gt=0)
     rope_theta: float = Field(gt=0)
+    rope_type: str = "default"
     flags: dict[str, bool] = {}
     layers: tuple[LayerSpec, ...] = Field(min_length=1)
 
@@ -99,8 +100,9 @@ class ModelSpec(BaseModel):
                 head_dim=config.get("head_dim") or config["hidden_size"] // heads,
                 tie_word_embeddings=config.get("tie_word_embeddings", False),
                 max_position_embeddings=config["max_position_embeddings"],
-                rms_norm_eps=config["rms_norm_eps"],
+                rms_norm_eps=config[family.norm_eps],
                 rope_theta=_rope_theta(config),
+                rope_type=_rope_type(config),
                 flags={slot.when: family.flag(config, slot.when) for slot in family.layer_tensors if slot.when},
                 layers=tuple(layers),
             )
@@ -113,8 +115,14 @@ class ModelSpec(BaseModel):
         first = self.layers[0]
         return first.has_attention and first.has_ffn and all(layer == first for layer in self.layers)
 
+    def shape_of(self, slot: TensorSlot, layer: LayerSpec | None = None) -> tuple[int, ...]:
+        """The shape of a tensor; those of a layer need the layer."""
+        return tuple(
+            sum(self.axis_size(space, layer) for space in slot.segments(axis)) for axis in range(len(slot.axes))
+        )
+
     def axis_size(self, axis: Axis, layer: LayerSpec | None = None) -> int:
-        """How long a tensor's axis is; the axes of a layer need the layer."""
+        """How long a space is; the spaces of a layer need the layer."""
         shared = {Axis.VOCAB: self.vocab_size, Axis.HIDDEN: self.hidden_size, Axis.HEAD: self.head_dim}
         if axis in shared:
             return shared[axis]
@@ -131,11 +139,11 @@ class ModelSpec(BaseModel):
         family = family_named(self.family)
         for slot in family.tensors:
             if self._has(slot, None):
-                yield slot, None, tuple(self.axis_size(axis) for axis in slot.axes)
+                yield slot, None, self.shape_of(slot)
         for index, layer in enumerate(self.layers):
             for slot in family.layer_tensors:
                 if self._has(slot, layer):
-                    yield slot, index, tuple(self.axis_size(axis, layer) for axis in slot.axes)
+                    yield slot, index, self.shape_of(slot, layer)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, by its name in the checkpoint."""
@@ -197,18 +205,19 @@ class ModelSpec(BaseModel):
         return slot.when is None or self.flags[slot.when]
 
 
-def _rope_theta(config: Mapping[str, Any]) -> float:
-    """The rotary base; transformers 5 keeps it in ``rope_parameters``, transformers 4 beside ``rope_scaling``.
+def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The rotary parameters; transformers 5 keeps them in ``rope_parameters``, for some families by layer type."""
+    rope: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    inner: Mapping[str, Any] = rope.get("full_attention", rope)
+    return inner
 
-    Raises:
-        ModelError: if the positions are scaled, which the graph does not build yet.
-    """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ModelError(
-            "flabc does not support scaled rotary positions yet.",
-            expected="rope_type 'default'",
-            found=repr(kind),
-        )
-    return float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+
+def _rope_theta(config: Mapping[str, Any]) -> float:
+    """The rotary base, of full attention where it differs; transformers 4 keeps it beside ``rope_scaling``."""
+    return float(_rope(config).get("rope_theta", config.get("rope_theta", 10000.0)))
+
+
+def _rope_type(config: Mapping[str, Any]) -> str:
+    """How positions are scaled, ``default`` if they are not."""
+    rope = _rope(config)
+    return str(rope.get("rope_type", rope.get("type", "default")))

@@ -159,8 +159,6 @@ def test_an_unknown_family_is_answered_with_the_nearest(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "Found: 'yarn'"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "Found: 'linear'"),
         ({"hidden_act": "gelu"}, "Found: hidden_act='gelu'"),
     ],
 )

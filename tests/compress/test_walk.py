@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flabc.compress import walk
+from flabc.compress import decoder, walk
 from flabc.compress.criteria import CRITERIA
 from flabc.compress.model import CausalLM
 from flabc.compress.walk import GONE, Decision, Variant, Walk, dense_variant, steps_of, without
@@ -147,9 +147,9 @@ def counted_steps(model: CausalLM, variants: list[Variant]) -> int:
     calls: list[int] = []
     build = walk.build_layer
 
-    def counting(model: CausalLM, index: int, *rest: Any) -> Any:
+    def counting(model: CausalLM, index: int, *rest: Any, **left: bool) -> Any:
         calls.append(index)
-        return build(model, index, *rest)
+        return build(model, index, *rest, **left)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(walk, "build_layer", counting)
@@ -208,7 +208,7 @@ def test_the_listener_hears_each_layer_once_and_is_removed(tied: CausalLM) -> No
 
     walker = float_walk(tied)
     walker.run([dense_variant(tied.spec)], listener)
-    batches = -(-len(walker.tokens) // walk.BATCH)
+    batches = -(-len(walker.tokens) // decoder.BATCH)
     assert heard == [layer for layer in range(len(tied.spec.layers)) for _ in range(batches)]
     assert not any(module._forward_hooks for module in modules)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import onnx
 import pytest
 import torch
 
+from flabc import api
 from flabc.compress.model import CausalLM
 from flabc.compress.walk import Walk, dense_variant
+from flabc.errors import ModelError
 from flabc.export import engine
 from flabc.runtime.backend import Limits, open_backend
 from flabc.runtime.backends.ort import OrtBackend
@@ -142,3 +145,14 @@ def test_a_target_or_precision_of_another_version_is_refused() -> None:
 
     with pytest.raises(UnknownNameError, match="Known: fp32"):
         engine.check_choice("precision", "int8", engine.PRECISIONS)
+
+
+@pytest.mark.parametrize(
+    ("variant", "problem"), [("phi3-untied", "cannot export phi3.*llama, qwen2"), ("llama-scaled", "Found: 'llama3'")]
+)
+def test_what_the_graph_does_not_know_is_refused_by_name(
+    tiny: Callable[[str], Path], tmp_path: Path, variant: str, problem: str
+) -> None:
+    with pytest.raises(ModelError, match=problem):
+        api.export(tiny(variant), tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()

@@ -12,12 +12,20 @@ from typing import Any
 from flabc.errors import ModelError, UnknownNameError
 
 from .family import Axis, Family, Part, TensorSlot
+from .gemma import GEMMA2, GEMMA3
+from .granite import GRANITE
 from .llama import LLAMA
+from .mistral import MISTRAL
+from .phi3 import PHI3
 from .qwen2 import QWEN2
+from .qwen3 import QWEN3
+from .starcoder2 import STARCODER2
 
 __all__ = ["FAMILIES", "Axis", "Family", "Part", "TensorSlot", "family_named", "family_of"]
 
-FAMILIES: dict[str, Family] = {"llama": LLAMA, "qwen2": QWEN2}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (GEMMA2, GEMMA3, GRANITE, LLAMA, MISTRAL, PHI3, QWEN2, QWEN3, STARCODER2)
+}
 
 
 def family_named(name: str) -> Family:

@@ -39,17 +39,23 @@ class TensorSlot:
 
     Args:
         name: its name in the checkpoint; ``{layer}`` stands for the layer's number.
-        axes: the space of each axis, in the order of the tensor's shape.
+        axes: the space of each axis, in the order of the tensor's shape; a tuple of spaces that lie one after
+            another where projections are fused.
         part: what it belongs to; a norm goes with the sub-block that it feeds.
         role: how the export graph calls it, e.g. ``q`` or ``q_bias``.
         when: a config key that must be true for the tensor to exist, or None if it always does.
     """
 
     name: str
-    axes: tuple[Axis, ...]
+    axes: tuple[Axis | tuple[Axis, ...], ...]
     part: Part
     role: str
     when: str | None = None
+
+    def segments(self, axis: int) -> tuple[Axis, ...]:
+        """The spaces that lie along an axis, one after another."""
+        spaces = self.axes[axis]
+        return spaces if isinstance(spaces, tuple) else (spaces,)
 
 
 @dataclass(frozen=True)
@@ -59,30 +65,69 @@ class Family:
     Args:
         name: ``model_type`` in Hugging Face's config.
         architecture: the transformers class that loads a checkpoint of the family.
+        config: the transformers class of its config.
         decoder_layer: the transformers class of one layer, as ``module:Class``.
-        rotary: the transformers class that makes cos and sin, as ``module:Class``.
+        backbone: the transformers class of the model without its output matrix, as ``module:Class``.
         tensors: the tensors outside the layers.
         layer_tensors: the tensors of one layer.
         defaults: config values that transformers assumes when the file does not say.
         requires: config keys whose value must be one of those listed (the first is assumed if absent).
+        norm_eps: the config key of the norms' epsilon.
+        embedding_multiplier: the config key of what the embedded tokens are multiplied by, outside the embedding.
+        output_multiplier: the config key of what each sub-block's output is multiplied by.
+        logits_scaling: the config key of what the logits are divided by.
+        logits_softcapping: the config key of the bound that logits are bent to.
+        normed_outputs: whether a norm stands between a sub-block's output projection and the residual stream.
+        eager: whether transformers computes its attention right only without fused kernels.
     """
 
     name: str
     architecture: str
+    config: str
     decoder_layer: str
-    rotary: str
+    backbone: str
     tensors: tuple[TensorSlot, ...]
     layer_tensors: tuple[TensorSlot, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     requires: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    norm_eps: str = "rms_norm_eps"
+    embedding_multiplier: str | None = None
+    output_multiplier: str | None = None
+    logits_scaling: str | None = None
+    logits_softcapping: str | None = None
+    normed_outputs: bool = False
+    eager: bool = False
+
+    @property
+    def multipliers(self) -> tuple[str, ...]:
+        """The config keys of what embedding, outputs and logits are multiplied, divided or bounded by."""
+        keys = (self.embedding_multiplier, self.output_multiplier, self.logits_scaling, self.logits_softcapping)
+        return tuple(key for key in keys if key)
 
     def flag(self, config: Mapping[str, Any], key: str) -> bool:
         """Whether a config switches a kind of tensor on, with the family's default where it is silent."""
         return bool(config.get(key, self.defaults.get(key, False)))
 
 
+def classes(module: str, stem: str) -> dict[str, Any]:
+    """The transformers classes of a family whose classes share a stem: arguments of ``Family``."""
+    place = f"transformers.models.{module}.modeling_{module}"
+    return {
+        "architecture": f"{stem}ForCausalLM",
+        "config": f"{stem}Config",
+        "decoder_layer": f"{place}:{stem}DecoderLayer",
+        "backbone": f"{place}:{stem}Model",
+    }
+
+
+def norm(name: str, role: str, part: Part, *, bias: bool = False, axis: Axis = Axis.HIDDEN) -> tuple[TensorSlot, ...]:
+    """The weight of a norm, and its bias if it has one."""
+    weight = TensorSlot(f"{name}.weight", (axis,), part, role)
+    return (weight, TensorSlot(f"{name}.bias", (axis,), part, f"{role}_bias")) if bias else (weight,)
+
+
 def linear(
-    name: str, role: str, part: Part, rows: Axis, columns: Axis, bias_when: str | None = None
+    name: str, role: str, part: Part, rows: Axis | tuple[Axis, ...], columns: Axis, bias_when: str | None = None
 ) -> tuple[TensorSlot, ...]:
     """The weight of a linear layer (rows are outputs, as torch stores it), and its bias where a flag adds one."""
     weight = TensorSlot(f"{name}.weight", (rows, columns), part, role)

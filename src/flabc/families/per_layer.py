@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
-from .family import Family
+from .family import Family, Part
 
 #: The module's file in a checkpoint, and the config field that says what differs.
 MODELING, PER_LAYER = "modeling_flabc.py", "per_layer_config"
@@ -29,9 +29,17 @@ def modeling_code(family: Family) -> str:
 
     template = resources.files("flabc.families").joinpath(f"{MODELING}.jinja").read_text(encoding="utf-8")
     module, layer = family.decoder_layer.split(":")
-    base = family.architecture.removesuffix("ForCausalLM")
+    norms = {str(part): _norms(family, part) for part in (Part.ATTENTION, Part.FFN)}
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
-    return environment.from_string(template).render(module=module, layer=layer, base=base, family=family.name)
+    return environment.from_string(template).render(module=module, layer=layer, norms=norms, family=family)
+
+
+def _norms(family: Family, part: Part) -> list[str]:
+    """What the norms of a sub-block are called inside the layer."""
+    names = (
+        slot.name.removeprefix("model.layers.{layer}.").split(".") for slot in family.layer_tensors if slot.part is part
+    )
+    return list(dict.fromkeys(parts[0] for parts in names if len(parts) == 2))
 
 
 def per_layer_fields(family: Family, shapes: list[dict[str, int]]) -> dict[str, Any]:
