@@ -44,6 +44,8 @@ def plan(model: CausalLM, config: RestoreConfig, context: Context) -> RestorePla
             f"The restore stage does not work on {model.family.name}: a norm follows each output projection.",
             fix="Leave the stage away; the widths stage refits locally (restore: true).",
         )
+    if not _narrower(model, context.dense):
+        return RestorePlan("restore: no layer was cut; nothing to restore")
     multiplier = float(model.config[model.family.output_multiplier]) if model.family.output_multiplier else 1.0
     tokens = context.tokens(model)
     targets = dense_states(model, context, tokens)
@@ -148,6 +150,11 @@ def refit(weight: Tensor, gram: Tensor, keep: Tensor, damping: float = DAMPING) 
 def _solve(gram: Tensor, right: Tensor, damping: float) -> Tensor:
     """(G + λI)⁻¹ R; G symmetric, float64."""
     return torch.cholesky_solve(right, torch.linalg.cholesky(damped(gram, damping)))
+
+
+def _narrower(model: CausalLM, dense: CausalLM) -> bool:
+    """Whether anything inside the layers is gone."""
+    return model.spec.layers != dense.spec.layers
 
 
 def _through(walk: Walk, index: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:

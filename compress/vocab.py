@@ -213,11 +213,15 @@ def remap_ids(config: Mapping[str, Any], new_ids: Mapping[int, int]) -> dict[str
 
 
 def _rows(needed: int, model: CausalLM, config: VocabConfig, context: Context) -> int:
-    """How many rows to keep: what is needed, as a multiple within ``max_size``; the target goes before both."""
+    """How many rows to keep: what is needed, as a multiple within ``max_size``; the target goes before both.
+
+    Where the target decides, it is reached by less than a step, so that no other stage has to cut for the remainder.
+    """
     per_row = model.spec.hidden_size * (1 if model.spec.tie_word_embeddings else 2)
     least = model.spec.vocab_size - context.spare(model) // per_row
     rows = max(min(needed, config.max_size or needed), least)
-    padded = -(-rows // config.multiple_of) * config.multiple_of
+    bound = rows == least and rows > min(needed, config.max_size or needed)
+    padded = (rows if bound else rows + config.multiple_of - 1) // config.multiple_of * config.multiple_of
     if config.max_size is not None and padded > config.max_size and padded - config.multiple_of >= least:
         padded -= config.multiple_of
     return max(1, min(padded, model.spec.vocab_size))
