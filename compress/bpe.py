@@ -7,9 +7,8 @@ longer, so a set of wanted tokens is always closed under derivation here.
 
 from __future__ import annotations
 
-import heapq
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -17,12 +16,17 @@ from typing import Any
 
 from flabc.errors import StageError
 
+from .subwords import Subwords
+
 Pair = tuple[str, str]
+
+#: How SentencePiece writes a byte, and the beginning of a word.
+BYTE_TOKEN, SPACE = re.compile(r"<0x[0-9A-F]{2}>"), "\u2581"
 
 
 @dataclass(frozen=True)
-class BytePairs:
-    """The model part of a byte-level BPE ``tokenizer.json``.
+class BytePairs(Subwords):
+    """The model part of a BPE ``tokenizer.json``: over bytes, or over characters with byte tokens to fall back on.
 
     Args:
         vocab: token to id.
@@ -37,13 +41,14 @@ class BytePairs:
         """Read the content of a ``tokenizer.json``.
 
         Raises:
-            StageError: if it is not a byte-level BPE.
+            StageError: if it is not one that gives every text back.
         """
         model = tokenizer["model"]
-        if model["type"] != "BPE" or model.get("byte_fallback") or not _is_byte_level(tokenizer):
+        if not (model.get("byte_fallback") or _is_byte_level(tokenizer)):
             raise StageError(
-                "The vocabulary stage works on byte-level BPE tokenizers.",
-                found=f"{model['type']}{' with byte fallback' if model.get('byte_fallback') else ''}",
+                "A BPE that knows no bytes would lose text once tokens are removed.",
+                expected="a byte-level BPE, or one with byte_fallback",
+                fix="Leave the vocab stage away.",
             )
         merges = [_pair(merge) for merge in model["merges"]]
         return cls(model["vocab"], merges)
@@ -63,8 +68,15 @@ class BytePairs:
         return {}
 
     @cached_property
+    def byte_tokens(self) -> frozenset[int]:
+        """Ids of the tokens that stand for a byte where a character is not in the vocabulary, ``<0x0A>``."""
+        return frozenset(index for token, index in self.vocab.items() if BYTE_TOKEN.fullmatch(token))
+
+    @cached_property
     def symbols(self) -> frozenset[int]:
-        """Ids of the single-character tokens: the bytes, which every text can fall back on."""
+        """Ids of the bytes: the characters that stand for them, or the byte tokens and the mark of a space."""
+        if len(self.byte_tokens) == 256:
+            return self.byte_tokens | {self.vocab[mark] for mark in (SPACE,) if mark in self.vocab}
         return frozenset(index for token, index in self.vocab.items() if len(token) == 1)
 
     def derivation(self, token: str) -> list[Pair] | None:
@@ -86,65 +98,25 @@ class BytePairs:
         An added token may lie outside the vocabulary (Qwen2.5, Llama 3): no merge makes it.
         """
         if index not in self._intermediates:
-            made = self.derivation(self.token_of.get(index, "")) or []
+            token = "" if index in self.byte_tokens else self.token_of.get(index, "")
+            made = self.derivation(token) or []
             self._intermediates[index] = frozenset(self.vocab[part] for pair in made for part in pair)
         return self._intermediates[index]
 
-    def closure(self, wanted: Iterable[int]) -> set[int]:
-        """The wanted ids and all that they are made of."""
-        closed: set[int] = set()
-        for index in wanted:
-            closed.add(index)
-            closed |= self.intermediates(index)
-        return closed
-
-    def shrink(self, kept: set[int], fixed: set[int], counts: Mapping[int, int], size: int) -> set[int]:
-        """Remove the least frequent leaves until ``size`` ids are left. A leaf is part of no kept derivation.
-
-        Raises:
-            StageError: if the tokens that must stay are more than ``size``.
-        """
-        left = set(kept)
-        uses = Counter(part for index in left for part in self.intermediates(index))
-        leaves = [(counts.get(index, 0), -index) for index in left - fixed if not uses[index]]
-        heapq.heapify(leaves)
-        while len(left) > size:
-            if not leaves:
-                raise StageError(
-                    f"The vocabulary cannot be cut to {size} rows.",
-                    expected=f"at least {len(left)}: bytes, special tokens and what the chat template emits",
-                )
-            index = -heapq.heappop(leaves)[1]
-            left.discard(index)
-            for part in self.intermediates(index):
-                uses[part] -= 1
-                if not uses[part] and part not in fixed:
-                    heapq.heappush(leaves, (counts.get(part, 0), -part))
-        return left
-
-    def grow(self, kept: set[int], size: int, first: Iterable[int] = ()) -> set[int]:
-        """Add tokens until ``size`` ids are kept or none is left.
-
-        Args:
-            kept: closed under derivation; so is the result.
-            size: ids to keep.
-            first: what to add before all else, where it and what it is made of still fit, in this order; after
-                these come the earliest merges that kept tokens can make.
-        """
-        grown = set(kept)
-        for index in first:
-            made = self.intermediates(index) | {index}
-            if len(grown | made) <= size:
-                grown |= made
-            if len(grown) == size:
-                break
+    def by_rank(self) -> Iterator[int]:
+        """The products of the merges, the first merge first."""
         for left, right in self.merges:
-            if len(grown) >= size:
-                break
-            index, parts = self.vocab[left + right], {self.vocab[left], self.vocab[right]}
-            if parts <= grown and self.intermediates(index) and self.intermediates(index) <= grown:
-                grown.add(index)
-        return grown
+            index = self.vocab[left + right]
+            if self.intermediates(index):
+                yield index
+
+    def remapped(self, new_ids: Mapping[int, int]) -> dict[str, Any]:
+        """The vocabulary and the merges whose parts and product are all kept."""
+        ordered = sorted(self.vocab.items(), key=lambda item: item[1])
+        return {
+            "vocab": {token: new_ids[old] for token, old in ordered if old in new_ids},
+            "merges": [list(pair) for pair in self.surviving_merges(set(new_ids))],
+        }
 
     def surviving_merges(self, kept: set[int]) -> list[Pair]:
         """The merges whose parts and product are all kept, in order."""

@@ -130,7 +130,8 @@ def layer_config(model: CausalLM, index: int, **changes: Any) -> Any:
 
 def _backbone_of(model: CausalLM, index: int) -> nn.Module:
     """The family's model with one layer of no size to speak of and one row of embedding."""
-    config = layer_config(model, index, vocab_size=1, intermediate_size=1, pad_token_id=None)
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # there is one row
+    config = layer_config(model, index, vocab_size=1, intermediate_size=1, **special)
     backbone: nn.Module = _class(model.family.backbone)(config)
     return backbone
 

@@ -19,12 +19,12 @@ from tokenizers import Tokenizer
 from flabc.console import progress, track
 from flabc.errors import StageError
 
-from .bpe import BytePairs
 from .config import VocabConfig
 from .data import corpus
 from .data.corpus import Document
 from .model import CausalLM, TokenizerFiles, cut_vocab
 from .stage import Context, Plan, Stage, encoder
+from .subwords import read
 
 #: How often each id occurs, (V,).
 Counts = np.ndarray[Any, np.dtype[np.float64]]
@@ -47,19 +47,20 @@ def plan(model: CausalLM, config: VocabConfig, context: Context) -> VocabPlan:
     """Choose the rows to keep.
 
     Raises:
-        StageError: if the tokenizer is not a byte-level BPE, or ``max_size`` is less than what must stay.
+        StageError: if the tokenizer cannot be cut safely, or ``max_size`` is less than what must stay.
+        UnknownNameError: if it is of a kind that is not known.
     """
-    pairs = BytePairs.of(model.tokenizer.tokenizer)
+    subwords = read(model.tokenizer.tokenizer)
     tokenizer = encoder(model.tokenizer)
     documents = context.documents if config.corpus is None else corpus.stream(config.corpus, "calibration")
     counts = balanced(count_tokens(tokenizer, documents, model.spec.vocab_size))
-    fixed = pairs.closure(must_keep(model, tokenizer) | pairs.symbols)
-    kept = pairs.closure(frequent(counts, config.coverage)) | fixed
+    fixed = subwords.closure(must_keep(model, tokenizer) | subwords.symbols)
+    kept = subwords.closure(frequent(counts, config.coverage)) | fixed
     size = _rows(len(kept), model, config, context)
     if size < len(kept):
-        kept = pairs.shrink(kept, fixed, dict(enumerate(counts.tolist())), size)
+        kept = subwords.shrink(kept, fixed, dict(enumerate(counts.tolist())), size)
     elif size > len(kept):
-        kept = pairs.grow(kept, size, (index for index in by_frequency(counts) if index not in kept))
+        kept = subwords.grow(kept, size, (index for index in by_frequency(counts) if index not in kept))
         rest = (index for index in range(model.spec.vocab_size) if index not in kept)  # padding rows: no token's
         kept |= set(islice(rest, size - len(kept)))
     keep = tuple(sorted(kept))
@@ -189,12 +190,8 @@ def remap_tokenizer(files: TokenizerFiles, keep: Sequence[int]) -> TokenizerFile
         keep: the old ids kept, ascending; must be closed under derivation.
     """
     new_ids = {old: new for new, old in enumerate(keep)}
-    pairs = BytePairs.of(files.tokenizer)
     content = copy.deepcopy(dict(files.tokenizer))
-    content["model"]["vocab"] = {
-        token: new_ids[old] for token, old in sorted(pairs.vocab.items(), key=lambda item: item[1]) if old in new_ids
-    }
-    content["model"]["merges"] = [list(pair) for pair in pairs.surviving_merges(set(keep))]
+    content["model"] |= read(files.tokenizer).remapped(new_ids)
     for entry in content.get("added_tokens", []):
         entry["id"] = new_ids[entry["id"]]
     if content.get("padding"):

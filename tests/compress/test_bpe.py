@@ -222,20 +222,3 @@ def test_merges_written_as_strings_are_read_alike(byte_level: TokenizerFiles, pa
     content = copy.deepcopy(dict(byte_level.tokenizer))
     content["model"]["merges"] = [" ".join(pair) for pair in pairs.merges]
     assert BytePairs.of(content).merges == pairs.merges
-
-
-def refused(model: Any, decoder: Any = None) -> str:
-    tokenizer = Tokenizer(model)
-    if decoder:
-        tokenizer.pre_tokenizer = decoder
-    with pytest.raises(StageError) as caught:
-        BytePairs.of(json.loads(tokenizer.to_str()))
-    return str(caught.value)
-
-
-def test_tokenizers_of_other_kinds_are_refused_by_name() -> None:
-    assert "Unigram" in refused(models.Unigram([("a", -1.0), ("b", -2.0)]), pre_tokenizers.Metaspace())
-    assert "WordPiece" in refused(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
-    sentence_piece = models.BPE({"<0x00>": 0, "a": 1}, [], byte_fallback=True)
-    assert "BPE with byte fallback" in refused(sentence_piece, pre_tokenizers.Metaspace())
-    assert "byte-level BPE" in refused(models.BPE({"a": 0}, []), pre_tokenizers.Whitespace())

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models
 
 from flabc.compress import checkpoint, load, vocab
 from flabc.compress.bpe import BytePairs
@@ -127,7 +127,7 @@ def test_the_number_of_rows_is_what_was_asked_for(
     rows, spare = len(made.keep), context.spare(padded)
     assert rows % multiple_of == 0 or rows == padded.spec.vocab_size
     left = vocab.apply(padded, made).spec.num_parameters
-    assert left >= (context.target_parameters or 0)
+    assert left > (context.target_parameters or 0) - multiple_of * padded.spec.hidden_size
     least = padded.spec.vocab_size - spare // padded.spec.hidden_size  # one row more would be too many
     assert max_size is None or rows <= max_size or rows < least + multiple_of
     assert list(made.keep) == sorted(set(made.keep))
@@ -295,14 +295,6 @@ def test_special_tokens_and_the_unknown_token_are_kept(padded: CausalLM) -> None
     files = replace(padded.tokenizer, tokenizer=content, chat_template=None)
     unknown = library(files).token_to_id(content["model"]["unk_token"])
     assert vocab.must_keep(replace(padded, tokenizer=files), library(files)) == {0, 1, 2, 700, 701, unknown}
-
-
-def test_a_unigram_tokenizer_is_refused_by_name(tied: CausalLM, make_context: MakeContext) -> None:
-    tokenizer = Tokenizer(models.Unigram([("a", -1.0), ("b", -2.0)]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    files = TokenizerFiles(json.loads(tokenizer.to_str()), {})
-    with pytest.raises(StageError, match="Found: Unigram"):
-        vocab.plan(replace(tied, tokenizer=files), vocab_config(), make_context(tied))
 
 
 @pytest.mark.chain
