@@ -12,6 +12,9 @@ from flabc.spec import ModelSpec
 
 from .model import CausalLM
 
+#: Which row of the dense model each row was: position is the new id. The file is there if rows were cut.
+VOCAB_MAP = "vocab_map.json"
+
 #: Config keys by which transformers derives what each layer is from its number: layers that are cut keep no number.
 _BY_NUMBER = ("max_window_layers", "sliding_window_pattern", "_sliding_window_pattern")
 
@@ -30,6 +33,8 @@ def write(model: CausalLM, folder: Path) -> None:
     if model.generation_config:
         _write_json(folder / "generation_config.json", model.generation_config)
     write_tokenizer(model, folder)
+    if model.token_origin != tuple(range(model.spec.vocab_size)):
+        _write_json(folder / VOCAB_MAP, {"old_ids": list(model.token_origin)})
     weights = {name: model.weights[name].contiguous() for name in model.spec.shapes()}
     save_torch_state_dict(weights, folder, metadata={"format": "pt"})
     for file in folder.glob("*.safetensors"):

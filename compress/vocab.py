@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from flabc.console import progress, track
-from flabc.errors import StageError
+from flabc.console import progress
 
 from .config import VocabConfig
 from .data import corpus
 from .data.corpus import Document
+from .inflation import inflation, removed_mass
 from .model import CausalLM, TokenizerFiles, cut_vocab
 from .stage import Context, Plan, Stage, encoder
 from .subwords import read
@@ -64,13 +64,18 @@ def plan(model: CausalLM, config: VocabConfig, context: Context) -> VocabPlan:
         rest = (index for index in range(model.spec.vocab_size) if index not in kept)  # padding rows: no token's
         kept |= set(islice(rest, size - len(kept)))
     keep = tuple(sorted(kept))
-    inflation = _inflation(tokenizer, model.tokenizer, keep, context.heldout)
-    summary = f"vocab: keep {len(keep):,} of {model.spec.vocab_size:,} tokens; held-out text grows {inflation - 1:.2%}"
+    grown = inflation(tokenizer, encoder(remap_tokenizer(model.tokenizer, keep)), context.heldout)
+    mass = removed_mass(model, keep, tokenizer, context)
+    summary = (
+        f"vocab: keep {len(keep):,} of {model.spec.vocab_size:,} tokens; held-out text grows {grown['code'] - 1:.2%}, "
+        f"the dense model gave {mass:.2%} to those removed"
+    )
     details = {
         "rows": len(keep),
         "rows_before": model.spec.vocab_size,
         "seen_in_corpus": int((counts > 0).sum()),
-        "heldout_token_inflation": round(inflation, 5),
+        "heldout_token_inflation": grown,
+        "removed_mass": round(mass, 6),
     }
     return VocabPlan(summary, details, keep)
 
@@ -222,23 +227,6 @@ def _rows(needed: int, model: CausalLM, config: VocabConfig, context: Context) -
     if config.max_size is not None and padded > config.max_size and padded - config.multiple_of >= least:
         padded -= config.multiple_of
     return max(1, min(padded, model.spec.vocab_size))
-
-
-def _inflation(dense: Tokenizer, files: TokenizerFiles, keep: Sequence[int], documents: Sequence[Document]) -> float:
-    """Tokens of held-out text after over before; also proves that the new tokenizer gives every text back.
-
-    Raises:
-        StageError: if a text does not survive encoding and decoding that survived it before.
-    """
-    pruned = encoder(remap_tokenizer(files, keep))
-    before = after = 0
-    for document in track(documents, "checking the tokenizer", len(documents)):
-        old = dense.encode(document.text, add_special_tokens=False).ids
-        new = pruned.encode(document.text, add_special_tokens=False).ids
-        if pruned.decode(new) != dense.decode(old):
-            raise StageError(f"The pruned tokenizer does not give {document.name} back as it was.")
-        before, after = before + len(old), after + len(new)
-    return after / max(1, before)
 
 
 def _remap_post_processor(processor: dict[str, Any] | None, new_ids: Mapping[int, int]) -> None:

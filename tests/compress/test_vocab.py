@@ -21,9 +21,12 @@ from flabc.compress import checkpoint, load, vocab
 from flabc.compress.bpe import BytePairs
 from flabc.compress.config import VocabConfig
 from flabc.compress.data.corpus import Document
+from flabc.compress.inflation import windows
 from flabc.compress.model import CausalLM, TokenizerFiles
 from flabc.compress.stage import Context
 from flabc.errors import StageError
+
+from .conftest import transformers_model
 
 MakeContext = Callable[..., Context]
 TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}
@@ -174,7 +177,29 @@ def test_the_growth_told_is_the_growth_measured(tied: CausalLM, make_context: Ma
         return sum(len(tokenizer.encode(d.text, add_special_tokens=False).ids) for d in context.heldout)
 
     assert length(new) > length(old)
-    assert made.details["heldout_token_inflation"] == pytest.approx(length(new) / length(old), abs=1e-5)
+    assert made.details["heldout_token_inflation"]["code"] == pytest.approx(length(new) / length(old), abs=1e-5)
+    assert set(made.details["heldout_token_inflation"]) == {"code", "english", "other languages"}
+
+
+def test_the_mass_told_is_what_transformers_gives_to_the_tokens_removed(
+    any_tiny: Path, make_context: MakeContext
+) -> None:
+    model = load.load(str(any_tiny))
+    context = make_context(model)
+    made = vocab.plan(model, vocab_config(max_size=448), context)
+    theirs = transformers_model(str(any_tiny))
+    tokens = windows(vocab.encoder(model.tokenizer), context.heldout)
+    assert tokens.shape == (4, 256)
+    with torch.no_grad():
+        likely = theirs(tokens).logits[:, :-1].softmax(-1)
+    gone = sorted(set(range(model.spec.vocab_size)) - set(made.keep))
+    assert made.details["removed_mass"] == pytest.approx(float(likely[..., gone].sum(-1).mean()), rel=1e-3)
+
+
+def test_which_row_was_which_is_written(untied: CausalLM, make_context: MakeContext, tmp_path: Path) -> None:
+    made = vocab.plan(untied, vocab_config(max_size=512), make_context(untied))
+    checkpoint.write(vocab.apply(untied, made), tmp_path)
+    assert json.loads((tmp_path / "vocab_map.json").read_text()) == {"old_ids": list(made.keep)}
 
 
 def test_a_tokenizer_that_loses_text_is_caught(
