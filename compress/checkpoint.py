@@ -7,10 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flabc.console import progress
 from flabc.families.per_layer import MODELING, modeling_code
 from flabc.spec import ModelSpec
 
 from .model import CausalLM
+from .stored import loaded
+
+#: Bytes of one file of weights at most: it is in memory while it is written.
+SHARD_BYTES = 2 * 10**9
 
 #: Which row of the dense model each row was: position is the new id. The file is there if rows were cut.
 VOCAB_MAP = "vocab_map.json"
@@ -25,8 +30,6 @@ def write(model: CausalLM, folder: Path) -> None:
     If all layers are equal and whole, the folder is one of the family, which loads anywhere. If not, it carries the
     module that builds it, which transformers runs if it is told ``trust_remote_code``.
     """
-    from huggingface_hub import save_torch_state_dict
-
     _write_json(folder / "config.json", config_of(model))
     if not model.spec.is_uniform:
         (folder / MODELING).write_text(modeling_code(model.family), encoding="utf-8")
@@ -35,11 +38,31 @@ def write(model: CausalLM, folder: Path) -> None:
     write_tokenizer(model, folder)
     if model.token_origin != tuple(range(model.spec.vocab_size)):
         _write_json(folder / VOCAB_MAP, {"old_ids": list(model.token_origin)})
-    weights = {name: model.weights[name].contiguous() for name in model.spec.shapes()}
-    save_torch_state_dict(weights, folder, metadata={"format": "pt"})
-    for file in folder.glob("*.safetensors"):
-        # The writer makes its files readable by their owner alone; a server may run as somebody else.
-        file.chmod((folder / "config.json").stat().st_mode)
+    write_weights(model, folder)
+
+
+def write_weights(model: CausalLM, folder: Path) -> None:
+    """Write the weights as safetensors, one shard in memory at a time, and the index if there are several."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+    from safetensors.torch import save_file
+
+    weights = {name: model.weights[name] for name in model.spec.shapes()}
+    plan = split_state_dict_into_shards_factory(
+        weights,
+        get_storage_size=lambda weight: weight.numel() * weight.dtype.itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
+    with progress("writing weights", len(weights)) as advance:
+        for file, names in plan.filename_to_tensors.items():
+            shard = {name: loaded(weights[name]).contiguous() for name in names}
+            save_file(shard, folder / file, metadata={"format": "pt"})
+            # The writer makes its files readable by their owner alone; a server may run as somebody else.
+            (folder / file).chmod((folder / "config.json").stat().st_mode)
+            advance(len(names))
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        _write_json(folder / "model.safetensors.index.json", index)
 
 
 def write_tokenizer(model: CausalLM, folder: Path) -> None:

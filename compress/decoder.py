@@ -42,6 +42,7 @@ class Surround:
         embedding.weight = nn.Parameter(self._moved("embedding"), requires_grad=False)
         key = self.model.family.embedding_multiplier
         hidden: Tensor = embedding(tokens.to(self.device))
+        embedding.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # not needed between the layers
         return hidden * self.model.config[key] if key else hidden
 
     def forward(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:

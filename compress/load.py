@@ -11,6 +11,7 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from flabc.families.per_layer import PER_LAYER, plain_view
 from flabc.spec import ModelSpec
 
 from .model import CausalLM, TokenizerFiles, check_weights
+from .stored import Weight, stored_in
 
 #: Built-in aliases: the package that carries the weights, the file inside it, and how to get it.
 ALIASES = {
@@ -78,12 +80,14 @@ def locate(model: str) -> Location:
     raise UnknownNameError("model", model, [*ALIASES, "FOLDER", "FILE.gguf", "owner/name"])
 
 
-def load(model: str, *, tie: bool = False) -> CausalLM:
-    """Read a model into memory, in the dtype it is stored in; a GGUF becomes float32.
+def load(model: str, *, tie: bool = False, stream: bool = False, pickled: bool = False) -> CausalLM:
+    """Read a model, in the dtype it is stored in; a GGUF becomes float32.
 
     Args:
         model: an alias, a folder, a GGUF file or a hub id.
         tie: tie input and output matrices that are one matrix stored twice, keeping the more precise.
+        stream: leave safetensors on disk and read each tensor when it is used.
+        pickled: read weights that are only there as pickles (``pytorch_model.bin``), with ``weights_only``.
 
     Raises:
         ModelError: if it cannot be read, is incomplete, or holds numbers that are not finite.
@@ -91,17 +95,21 @@ def load(model: str, *, tie: bool = False) -> CausalLM:
     """
     location = locate(model)
     with progress(f"reading {model}"):
-        loaded = _read(location)
+        loaded = _read(location, stream=stream, pickled=pickled)
         check_weights(loaded)
         return _tied(loaded, location) if tie else loaded
 
 
-def _read(location: Location) -> CausalLM:
+def _read(location: Location, *, stream: bool = False, pickled: bool = False) -> CausalLM:
     config = read_config(location)
     spec = ModelSpec.from_config(config)
     config = plain_view(config)
     config = {key: value for key, value in config.items() if key not in ("quantization_config", "_name_or_path")}
-    weights = _gguf_weights(location, config) if location.file else _safetensors_weights(location.folder)
+    weights: dict[str, Weight] = {}
+    if location.file:
+        weights |= _gguf_weights(location, config)
+    else:
+        weights |= _folder_weights(location.folder, stream=stream, pickled=pickled)
     if spec.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     return CausalLM(
@@ -222,34 +230,51 @@ def _gguf_weights(location: Location, config: Mapping[str, Any]) -> dict[str, Te
     return {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
-def _safetensors_weights(folder: Path) -> dict[str, Tensor]:
+def _folder_weights(folder: Path, *, stream: bool, pickled: bool) -> dict[str, Weight]:
+    """The tensors of a folder, in memory or, if they are to be streamed, where they lie.
+
+    Raises:
+        ModelError: if a file is missing or damaged, or the weights are pickles and that is not allowed.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    weights: dict[str, Tensor] = {}
-    for file in _shards(folder):
+    weights: dict[str, Weight] = {}
+    for file in shards(folder, pickled=pickled):
         try:
-            weights |= load_file(file)
-        except (SafetensorError, OSError) as error:
+            if file.suffix == ".bin":
+                weights |= torch.load(file, map_location="cpu", weights_only=True)
+            else:
+                weights |= stored_in(file) if stream else load_file(file)
+        except (SafetensorError, OSError, UnpicklingError, RuntimeError) as error:
             raise ModelError(f"{file} cannot be read: {error}", fix="Get an undamaged copy of the file.") from error
     return weights
 
 
-def _shards(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those its index names, else the single file."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        names = sorted(set(_read_json(index)["weight_map"].values()))
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        pickled = sorted(file.name for file in folder.glob("*.bin"))
-        raise ModelError(
-            f"{folder} lacks {missing[0]}.",
-            found=f"pickled weights ({pickled[0]}), which can run code when read" if pickled else None,
-            fix="Convert them to safetensors." if pickled else "Get the complete model.",
-        )
-    return [folder / name for name in names]
+def shards(folder: Path, *, pickled: bool = False) -> list[Path]:
+    """The weight files of a folder: those its index names, else the single file.
+
+    Raises:
+        ModelError: if one is missing, or if there are only pickles and these are not allowed.
+    """
+    safe = _shards_of(folder, "model.safetensors")
+    missing = [file for file in safe if not file.is_file()]
+    if not missing:
+        return safe
+    bins = [file for file in _shards_of(folder, "pytorch_model.bin") if file.is_file()]
+    if bins and pickled:
+        return bins
+    raise ModelError(
+        f"{folder} lacks {missing[0].name}.",
+        found=f"pickled weights ({bins[0].name}), which can run code when read" if bins else None,
+        fix="Convert them to safetensors; or --allow-pickle, if you trust them." if bins else "Get the complete model.",
+    )
+
+
+def _shards_of(folder: Path, name: str) -> list[Path]:
+    index = folder / f"{name}.index.json"
+    names = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else [name]
+    return [folder / shard for shard in names]
 
 
 def _generation_config(location: Location, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,7 +287,7 @@ def _generation_config(location: Location, config: Mapping[str, Any]) -> dict[st
 
 
 def _source_hashes(location: Location) -> dict[str, str]:
-    files = [location.folder / location.file] if location.file else _shards(location.folder)
+    files = [location.folder / location.file] if location.file else shards(location.folder, pickled=True)
     return {file.name: sha256(file) for file in files}
 
 
@@ -333,7 +358,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise ModelError(f"{file} cannot be read: {error}", fix="Get an undamaged copy of the file.") from error
 
 
-def _dtype_name(weights: Mapping[str, Tensor]) -> str:
+def _dtype_name(weights: Mapping[str, Weight]) -> str:
     return str(next(iter(weights.values())).dtype).removeprefix("torch.")
 
 

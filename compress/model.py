@@ -17,6 +17,8 @@ from flabc.errors import ModelError
 from flabc.families import Axis, Family, Part, TensorSlot, family_named
 from flabc.spec import LayerSpec, ModelSpec
 
+from .stored import Weight, loaded
+
 
 @dataclass(frozen=True)
 class TokenizerFiles:
@@ -35,7 +37,7 @@ class TokenizerFiles:
 
 @dataclass(frozen=True)
 class CausalLM:
-    """A decoder model in memory: shapes, config, tensors by checkpoint name, tokenizer. Never changed in place.
+    """A decoder model: shapes, config, tensors by checkpoint name, tokenizer. Never changed in place.
 
     ``token_origin`` and ``layer_origin`` say which row and which layer of the dense model each one was.
     """
@@ -44,7 +46,7 @@ class CausalLM:
     config: Mapping[str, Any]
     generation_config: Mapping[str, Any]
     tokenizer: TokenizerFiles
-    weights: Mapping[str, Tensor]
+    weights: Mapping[str, Weight]
     source: SourceRecord
     token_origin: tuple[int, ...]
     layer_origin: tuple[int, ...]
@@ -61,7 +63,7 @@ class CausalLM:
 
     def tensor(self, role: str, layer: int | None = None) -> Tensor:
         """The tensor that plays ``role`` (a ``TensorSlot.role``), in a layer if it belongs to one."""
-        return self.weights[self.name(role, layer)]
+        return loaded(self.weights[self.name(role, layer)])
 
     def name(self, role: str, layer: int | None = None) -> str:
         """The checkpoint name of the tensor that plays ``role``."""
@@ -80,11 +82,15 @@ class CausalLM:
     def layer_weights(self, layer: int) -> dict[str, Tensor]:
         """One layer's tensors, by their names inside the layer (``self_attn.q_proj.weight``)."""
         prefix = f"model.layers.{layer}."
-        return {name.removeprefix(prefix): t for name, t in self.weights.items() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): loaded(t) for name, t in self.weights.items() if name.startswith(prefix)}
 
 
-def check_weights(model: CausalLM) -> None:
+def check_weights(model: CausalLM, *, stored: bool = True) -> None:
     """Make sure that the tensors are those that the spec says, of its shapes, and finite.
+
+    Args:
+        model: the model.
+        stored: look into tensors on disk too; once is enough, surgery only selects from them.
 
     Raises:
         ModelError: naming the first tensor that is missing, has another shape, or holds NaN or infinity.
@@ -97,7 +103,7 @@ def check_weights(model: CausalLM) -> None:
             raise ModelError(
                 f"Tensor {name!r} has the wrong shape.", expected=str(shape), found=str(tuple(tensor.shape))
             )
-        if not torch.isfinite(tensor).all():
+        if (stored or isinstance(tensor, Tensor)) and not torch.isfinite(loaded(tensor)).all():
             raise ModelError(f"Tensor {name!r} holds NaN or infinity.", fix="Get an undamaged copy of the model.")
 
 
@@ -113,7 +119,8 @@ def cut_layers(model: CausalLM, keep: Sequence[int]) -> CausalLM:
     """Keep these layers, in this order, numbered anew."""
     inner = {name: t for name, t in model.weights.items() if ".layers." not in name}
     for new, old in enumerate(keep):
-        inner |= {f"model.layers.{new}.{name}": t for name, t in model.layer_weights(old).items()}
+        before, after = f"model.layers.{old}.", f"model.layers.{new}."
+        inner |= {after + n.removeprefix(before): t for n, t in model.weights.items() if n.startswith(before)}
     layers = tuple(model.spec.layers[old] for old in keep)
     spec = model.spec.model_copy(update={"layers": layers})
     config = dict(model.config)
@@ -166,7 +173,7 @@ def _resized(layer: LayerSpec, **sizes: int) -> LayerSpec:
 
 
 def _take(
-    weights: dict[str, Tensor],
+    weights: dict[str, Weight],
     slots: Sequence[TensorSlot],
     keep: Mapping[Axis, Sequence[int]],
     layer: int | None,

@@ -87,7 +87,7 @@ def run(
             plan = STAGES[type(config)].plan(model, config, context)
             note(plan.summary)
             model = STAGES[type(config)].apply(model, plan)
-            check_weights(model)
+            check_weights(model, stored=False)
         except FlabcError as error:
             raise StageError(f"Stage {name!r} stopped: {error}") from error
         seconds = round(time.monotonic() - started, 2)

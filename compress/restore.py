@@ -20,6 +20,7 @@ from .config import RestoreConfig
 from .gram import DAMPING, damped, product
 from .model import CausalLM, cut_vocab
 from .stage import Context, Plan, Stage
+from .stored import Weight
 from .walk import WHOLE, Walk
 
 #: Tokens whose inputs are held in float32 at once.
@@ -28,9 +29,9 @@ TOKENS = 2048
 
 @dataclass(frozen=True)
 class RestorePlan(Plan):
-    """The refitted output projection of each layer, (D, F), float32."""
+    """The refitted output projection of each layer, (D, F), in the model's dtype."""
 
-    down: Mapping[int, Tensor] = field(default_factory=dict)
+    down: Mapping[int, Weight] = field(default_factory=dict)
 
 
 def plan(model: CausalLM, config: RestoreConfig, context: Context) -> RestorePlan:
@@ -59,7 +60,7 @@ def plan(model: CausalLM, config: RestoreConfig, context: Context) -> RestorePla
             if inputs is not None:
                 gap = (target.float() - hidden).flatten(0, 1)  # (N * T, D)
                 change = explain(gap / multiplier, inputs, config.damping)
-                down[layer] = model.tensor("down", layer).float() + change.cpu()
+                down[layer] = context.keep(model.tensor("down", layer).float() + change.cpu(), model)
                 hidden += multiplier * (inputs @ change.T.to(inputs.dtype)).view_as(hidden)
             after = _distance(hidden, target)
             advance(1)
@@ -70,7 +71,7 @@ def plan(model: CausalLM, config: RestoreConfig, context: Context) -> RestorePla
 
 def apply(model: CausalLM, plan: RestorePlan) -> CausalLM:
     """Put the refitted projections in place."""
-    refitted = {model.name("down", layer): tensor.to(model.dtype) for layer, tensor in plan.down.items()}
+    refitted = {model.name("down", layer): weight for layer, weight in plan.down.items()}
     return replace(model, weights={**model.weights, **refitted})
 
 

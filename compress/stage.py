@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -22,6 +23,7 @@ from flabc.errors import CorpusError
 from .config import Calibration, Config
 from .data.corpus import Document
 from .model import CausalLM, TokenizerFiles
+from .stored import Weight, spill
 
 C = TypeVar("C", bound=Config)
 P = TypeVar("P", bound="Plan")
@@ -53,6 +55,7 @@ class Context:
         device: where to compute.
         dtype: in which precision to compute.
         seed: what picks the sequences.
+        scratch: a folder for new tensors if the model is streamed.
     """
 
     dense: CausalLM
@@ -63,6 +66,12 @@ class Context:
     device: torch.device
     dtype: torch.dtype
     seed: int
+    scratch: Path | None = None
+
+    def keep(self, tensor: Tensor, model: CausalLM) -> Weight:
+        """A tensor that will be part of a model, in its dtype: on disk if the model is streamed."""
+        tensor = tensor.to(device="cpu", dtype=model.dtype)
+        return tensor if self.scratch is None else spill(tensor, self.scratch)
 
     def spare(self, model: CausalLM) -> int:
         """How many parameters may still be removed; all of them without a target."""

@@ -24,6 +24,7 @@ from .model import CausalLM, cut_channels, cut_heads
 from .restore import refit
 from .score import SCORES, Heard
 from .stage import Context, Plan, Stage
+from .stored import Weight
 from .walk import Walk, dense_variant
 
 #: A kind of unit and a layer that has it.
@@ -58,10 +59,10 @@ KINDS = {
 
 @dataclass(frozen=True)
 class WidthsPlan(Plan):
-    """Which units of each place stay, ascending, and the refitted projections, (D, F) float32, if any."""
+    """Which units of each place stay, ascending, and the refitted projections, (D, F), if any."""
 
     keep: Mapping[Place, tuple[int, ...]] = field(default_factory=dict)
-    refitted: Mapping[Place, Tensor] = field(default_factory=dict)
+    refitted: Mapping[Place, Weight] = field(default_factory=dict)
 
 
 def plan(model: CausalLM, config: WidthsConfig, context: Context) -> WidthsPlan:
@@ -90,7 +91,7 @@ def plan(model: CausalLM, config: WidthsConfig, context: Context) -> WidthsPlan:
             now = refit(heard.weight, heard.gram, inputs) if config.restore else heard.weight[:, inputs]
             errors[place] = output_error(heard.weight, now, inputs, heard.gram)
             if config.restore:
-                refitted[place] = now.cpu()
+                refitted[place] = context.keep(now, model)
 
     listen(model, config.of, context, choose, left, gram=gram)
     return WidthsPlan(_summary(model, config, left, errors), _details(model, left, errors), keep, refitted)
@@ -100,9 +101,7 @@ def apply(model: CausalLM, plan: WidthsPlan) -> CausalLM:
     """Cut the units and put the refitted projections in place."""
     for name, kind in KINDS.items():
         model = kind.cut(model, {layer: kept for (of, layer), kept in plan.keep.items() if of == name})
-    refitted = {
-        model.name(KINDS[name].role, layer): weight.to(model.dtype) for (name, layer), weight in plan.refitted.items()
-    }
+    refitted = {model.name(KINDS[name].role, layer): weight for (name, layer), weight in plan.refitted.items()}
     return replace(model, weights={**model.weights, **refitted})
 
 
