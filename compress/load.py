@@ -112,11 +112,13 @@ def _read(location: Location, *, stream: bool = False, pickled: bool = False) ->
         weights |= _folder_weights(location.folder, stream=stream, pickled=pickled)
     if spec.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
+    tokenizer = read_tokenizer(location)
+    _check_tokenizer(tokenizer, spec, location)
     return CausalLM(
         spec=spec,
         config=config | {"dtype": _dtype_name(weights)},
         generation_config=_generation_config(location, config),
-        tokenizer=read_tokenizer(location),
+        tokenizer=tokenizer,
         weights=weights,
         source=SourceRecord(name=location.name, files=_source_hashes(location)),
         token_origin=tuple(range(spec.vocab_size)),
@@ -175,6 +177,24 @@ def read_tokenizer(location: Location) -> TokenizerFiles:
     if location.file:
         _restore_pre_tokenizer(content, location)
     return TokenizerFiles(content, config, tokenizer.chat_template)
+
+
+def _check_tokenizer(files: TokenizerFiles, spec: ModelSpec, location: Location) -> None:
+    """A tokenizer may have fewer tokens than the model has rows, which are padded, but never more.
+
+    Raises:
+        ModelError: if it gives ids that the model does not have.
+    """
+    import tokenizers
+
+    largest = max(tokenizers.Tokenizer.from_str(json.dumps(files.tokenizer)).get_vocab(True).values())
+    if largest >= spec.vocab_size:
+        raise ModelError(
+            f"The tokenizer of {location.name} does not match the model.",
+            expected=f"ids below vocab_size, {spec.vocab_size}",
+            found=f"the id {largest}",
+            fix="Get the tokenizer that came with the weights.",
+        )
 
 
 def duplicate_output_cosine(location: Location) -> float | None:
@@ -249,6 +269,22 @@ def _folder_weights(folder: Path, *, stream: bool, pickled: bool) -> dict[str, W
         except (SafetensorError, OSError, UnpicklingError, RuntimeError) as error:
             raise ModelError(f"{file} cannot be read: {error}", fix="Get an undamaged copy of the file.") from error
     return weights
+
+
+def can_stream(location: Location) -> bool:
+    """Whether a model's tensors can be read one by one."""
+    return location.file is None and all(file.is_file() for file in _shards_of(location.folder, "model.safetensors"))
+
+
+def stored_bytes(location: Location, *, pickled: bool = False) -> int:
+    """Bytes of a model's weights once they are read: a GGUF becomes float32.
+
+    Raises:
+        ModelError: as ``shards``.
+    """
+    if location.file:
+        return 4 * ModelSpec.from_config(read_config(location)).num_parameters
+    return sum(file.stat().st_size for file in shards(location.folder, pickled=pickled))
 
 
 def shards(folder: Path, *, pickled: bool = False) -> list[Path]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ def run(
     calibration: Calibration,
     device: str = "cpu",
     seed: int = 0,
+    scratch: Path | None = None,
 ) -> tuple[CausalLM, list[StageReceipt], dict[str, Any]]:
     """Run the stages in order.
 
@@ -71,6 +73,7 @@ def run(
         calibration: the text to listen to.
         device: a torch device.
         seed: picks the calibration sequences.
+        scratch: a folder for new tensors, if the model's weights stay on disk.
 
     Returns:
         the cut model, a receipt for each stage, and how the result does on held-out text.
@@ -78,7 +81,7 @@ def run(
     Raises:
         StageError: if a stage cannot do what it was asked (it is named), or all together miss the target.
     """
-    context = _context(model, target, calibration, device, seed)
+    context = replace(_context(model, target, calibration, device, seed), scratch=scratch)
     dense, receipts = model, list[StageReceipt]()
     for config in stages:
         started = time.monotonic()

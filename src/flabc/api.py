@@ -193,9 +193,13 @@ def compress(
     device: str = "cpu",
     seed: int = 0,
     tie: bool = False,
+    memory: int | None = None,
+    allow_pickle: bool = False,
     force: bool = False,
 ) -> Compressed:
     """Cut a model by a recipe and write the checkpoint.
+
+    Where memory does not suffice for the weights, they stay on disk and are read layer by layer.
 
     Args:
         model: an alias, a folder, a GGUF file or a hub id.
@@ -205,6 +209,8 @@ def compress(
         device: a torch device.
         seed: picks the calibration text.
         tie: tie a GGUF's input and output matrices if they are one matrix stored twice.
+        memory: bytes that may be used; what is free by default.
+        allow_pickle: read weights that are there as pickles only.
         force: replace a folder that is not empty.
 
     Raises:
@@ -215,24 +221,38 @@ def compress(
         artifact.check_free(output, force=force)
     require("torch", "compress")
     require("transformers", "compress")
-    from flabc.compress import checkpoint, load, pipeline
+    from flabc.compress import checkpoint, load, pipeline, preflight
 
-    dense = load.load(model, tie=tie)
-    cut, receipts, quality = pipeline.run(
-        dense,
+    location = load.locate(model)
+    spec, size = ModelSpec.from_config(load.read_config(location)), load.stored_bytes(location, pickled=allow_pickle)
+    stream = preflight.streams(
+        spec,
+        size,
         parsed.stages,
-        target=parsed.target,
-        calibration=parsed.calibration,
-        device=device,
-        seed=seed,
+        parsed.calibration,
+        memory=memory,
+        can_stream=load.can_stream(location),
     )
-    stages = [receipt.as_dict() for receipt in receipts]
-    content = parsed.model_dump(mode="json")
     if output is not None:
-        with artifact.create(output, "checkpoint", force=force) as draft:
-            checkpoint.write(cut, draft.path)
-            draft.spec, draft.recipe, draft.source, draft.seed = cut.spec, content, dense.source, seed
-            draft.receipts = {"stages": stages, "quality": quality}
+        preflight.check_disk(Path(output), size, scratch=stream)
+    content = parsed.model_dump(mode="json")
+    with tempfile.TemporaryDirectory(prefix="flabc-", dir=_beside(output)) as scratch:
+        dense = load.load(model, tie=tie, stream=stream, pickled=allow_pickle)
+        cut, receipts, quality = pipeline.run(
+            dense,
+            parsed.stages,
+            target=parsed.target,
+            calibration=parsed.calibration,
+            device=device,
+            seed=seed,
+            scratch=Path(scratch) if stream else None,
+        )
+        stages = [receipt.as_dict() for receipt in receipts]
+        if output is not None:
+            with artifact.create(output, "checkpoint", force=force) as draft:
+                checkpoint.write(cut, draft.path)
+                draft.spec, draft.recipe, draft.source, draft.seed = cut.spec, content, dense.source, seed
+                draft.receipts = {"stages": stages, "quality": quality}
     return Compressed(
         path=None if output is None else Path(output),
         recipe=content,
@@ -241,6 +261,11 @@ def compress(
         stages=stages,
         quality=quality,
     )
+
+
+def _beside(output: str | Path | None) -> Path | None:
+    """Where to put things aside: on the disk of the output, which was asked for room; None for the usual place."""
+    return None if output is None else next(folder for folder in Path(output).absolute().parents if folder.exists())
 
 
 def export(

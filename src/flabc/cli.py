@@ -42,6 +42,21 @@ CORPUS = click.option(
 )
 
 
+class Size(click.ParamType[int]):
+    """A number of bytes, as ``6GiB`` or ``500MB``."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Read it, or say how it is written."""
+        from pydantic import ByteSize, TypeAdapter, ValidationError
+
+        try:
+            return int(TypeAdapter(ByteSize).validate_python(value))
+        except ValidationError:
+            self.fail(f"{value!r} is no size; expected a number and a unit, e.g. 6GiB or 500MB.", param, ctx)
+
+
 class Group(click.Group):
     """A group that answers an unknown command with the nearest one."""
 
@@ -103,6 +118,8 @@ def inspect(model: str, as_json: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Plan and measure every cut, write nothing.")
 @click.option("--device", default="cpu", show_default=True, help="A torch device.")
 @click.option("--seed", type=int, help="Picks the calibration text.  [default: 0]")
+@click.option("--memory", type=Size(), help="Memory that may be used, e.g. 6GiB.  [default: what is free]")
+@click.option("--allow-pickle", is_flag=True, help="Read weights that are only there as pickles (.bin).")
 @TIE
 @FORCE
 @json_option
@@ -114,6 +131,8 @@ def compress(
     dry_run: bool,
     device: str,
     seed: int | None,
+    memory: int | None,
+    allow_pickle: bool,
     tie: bool,
     force: bool,
     as_json: bool,
@@ -140,6 +159,8 @@ def compress(
         device=device,
         seed=project.seed if seed is None else seed,
         tie=tie,
+        memory=memory,
+        allow_pickle=allow_pickle,
         force=force,
     )
     emit(as_json, done, lambda: _show_compressed(done))

@@ -1,0 +1,109 @@
+"""Whether a compression can be done here, before any work: memory, disk, and whether weights have to stay on disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from flabc.errors import UsageError
+from flabc.spec import ModelSpec
+
+from .config import Calibration, Config, LayersConfig, RestoreConfig, WidthsConfig
+from .walk import LOGIT_ROWS
+
+#: What Python, torch and transformers take by themselves.
+INTERPRETER_BYTES = 900 * 2**20
+
+#: Bytes of a number while computing: bfloat16 where there are units for it.
+COMPUTED = 2
+
+
+def streams(
+    spec: ModelSpec,
+    stored_bytes: int,
+    stages: Sequence[Config],
+    calibration: Calibration,
+    *,
+    memory: int | None,
+    can_stream: bool,
+) -> bool:
+    """Whether the weights have to stay on disk for the memory to suffice.
+
+    Args:
+        spec: the dense model.
+        stored_bytes: of its weights.
+        stages: what will be done.
+        calibration: on how much text.
+        memory: bytes that may be used; what is free if None.
+        can_stream: whether the weights are safetensors, which can be read one by one.
+
+    Raises:
+        UsageError: if it does not suffice either way.
+    """
+    limit = memory or psutil.virtual_memory().available
+    work = workspace_bytes(spec, stages, calibration)
+    resident = 2 * stored_bytes + work  # the dense model and the cut one
+    if resident <= limit:
+        return False
+    if can_stream and work <= limit:
+        return True
+    raise UsageError(
+        "There is not enough memory.",
+        expected=f"{_gib(work if can_stream else resident)}",
+        found=f"{_gib(limit)}",
+        fix="Lower calibration.sequences or calibration.sequence_length"
+        + ("." if can_stream else ", or convert the model to safetensors, which are read one by one."),
+    )
+
+
+def workspace_bytes(spec: ModelSpec, stages: Sequence[Config], calibration: Calibration) -> int:
+    """What the stages need at most beside the weights of a model that is not streamed.
+
+    Two layers, both embeddings and a block of logits are always there; then either the states of all variants of a
+    layers stage, or the inputs, states and normal equations of one projection.
+    """
+    hidden, width = spec.hidden_size, max(layer.intermediate_size for layer in spec.layers)
+    one_layer = (spec.num_parameters - 2 * spec.vocab_size * hidden) // len(spec.layers)
+    always = COMPUTED * (2 * spec.vocab_size * hidden + 2 * max(one_layer, 3 * hidden * width))
+    always += 3 * 4 * LOGIT_ROWS * spec.vocab_size
+    tokens = calibration.sequences * calibration.sequence_length
+    needs = [tokens * hidden * COMPUTED]
+    for stage in stages:
+        if isinstance(stage, LayersConfig):
+            sequences = min(stage.sequences, calibration.sequences)
+            needs.append((len(spec.layers) + 2) * sequences * calibration.sequence_length * hidden * COMPUTED)
+        if isinstance(stage, WidthsConfig):
+            needs.append(tokens * hidden * 2 * COMPUTED + 6 * 4 * width**2)
+        if isinstance(stage, RestoreConfig):
+            states = tokens * hidden * (2 * COMPUTED + 3 * 4) + tokens * width * COMPUTED
+            needs.append(states + 3 * 8 * width**2)
+    return INTERPRETER_BYTES + always + max(needs)
+
+
+def check_disk(output: Path, stored_bytes: int, *, scratch: bool) -> None:
+    """Make sure that there is room for the result, and for what a streamed model puts aside.
+
+    Args:
+        output: where the result will lie.
+        stored_bytes: of the dense model's weights.
+        scratch: whether refitted tensors are put aside on disk.
+
+    Raises:
+        UsageError: if there is not.
+    """
+    place = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    needed, free = stored_bytes * (2 if scratch else 1), shutil.disk_usage(place).free
+    if free < needed:
+        raise UsageError(
+            f"There is not enough room on the disk of {place}.",
+            expected=_gib(needed),
+            found=_gib(free),
+            fix="Give another output folder.",
+        )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
