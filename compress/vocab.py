@@ -98,7 +98,7 @@ VOCAB: Stage[VocabConfig, VocabPlan] = Stage(plan, apply)
 def count_tokens(tokenizer: Tokenizer, documents: Iterable[Document], size: int) -> dict[str, Counts]:
     """How often each id occurs in each corpus, (V,) each. Documents are read as they are needed."""
     counts: dict[str, Counts] = {}
-    with progress("counting tokens in characters", None) as advance:
+    with progress("counting the tokens of characters", None) as advance:
         for batch in batched(documents):
             encodings = tokenizer.encode_batch_fast([d.text for d in batch], add_special_tokens=False)  # in parallel
             for document, encoding in zip(batch, encodings, strict=True):

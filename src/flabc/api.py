@@ -221,7 +221,7 @@ def compress(
         artifact.check_free(output, force=force)
     require("torch", "compress")
     require("transformers", "compress")
-    from flabc.compress import checkpoint, load, pipeline, preflight
+    from flabc.compress import card, checkpoint, load, pipeline, preflight
 
     location = load.locate(model)
     spec, size = ModelSpec.from_config(load.read_config(location)), load.stored_bytes(location, pickled=allow_pickle)
@@ -251,6 +251,16 @@ def compress(
         if output is not None:
             with artifact.create(output, "checkpoint", force=force) as draft:
                 checkpoint.write(cut, draft.path)
+                card.write(
+                    draft.path,
+                    dense.spec,
+                    cut.spec,
+                    origin=cut.layer_origin,
+                    source=dense.source.name,
+                    recipe=content,
+                    stages=stages,
+                    quality=quality["heldout_bits_per_byte"],
+                )
                 draft.spec, draft.recipe, draft.source, draft.seed = cut.spec, content, dense.source, seed
                 draft.receipts = {"stages": stages, "quality": quality}
     return Compressed(

@@ -156,6 +156,14 @@ class ModelSpec(BaseModel):
             counts[slot.part] += prod(shape)
         return counts
 
+    def layer_parameters(self) -> list[dict[Part, int]]:
+        """Parameters of each layer by component."""
+        counts = [dict.fromkeys(Part, 0) for _ in self.layers]
+        for slot, layer, shape in self.tensors():
+            if layer is not None:
+                counts[layer][slot.part] += prod(shape)
+        return counts
+
     @property
     def num_parameters(self) -> int:
         """All parameters of the model."""

@@ -1,0 +1,66 @@
+"""The model card, read by huggingface_hub, and the picture, read as XML."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from flabc import api
+from flabc.compress import load
+from flabc.compress.card import COLOURS, write
+from flabc.compress.model import cut_layers, cut_sub_blocks
+from flabc.families import Part
+
+
+@pytest.fixture(scope="module")
+def made(tiny: Callable[[str], Path], tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> api.Compressed:
+    return api.compress(str(tiny("llama-tied")), tiny_recipe, tmp_path_factory.mktemp("card") / "out")
+
+
+def test_a_hub_reads_the_card(made: api.Compressed) -> None:
+    from huggingface_hub import ModelCard
+
+    assert made.path is not None
+    card = ModelCard.load(made.path / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.base_model
+    assert "flabc" in card.data.tags
+    for stage in made.stages:
+        assert stage["summary"] in card.text
+    assert f"| {made.dense.num_parameters:,} | {made.spec.num_parameters:,} |" in card.text
+    assert str(made.quality["heldout_bits_per_byte"]["pruned"]) in card.text
+    assert "trust_remote_code" not in card.text
+
+
+def bars(folder: Path, colour: str) -> list[float]:
+    root = ElementTree.parse(folder / "shape.svg").getroot()
+    rects = root.iter("{http://www.w3.org/2000/svg}rect")
+    return [float(rect.attrib["height"]) for rect in rects if rect.attrib["fill"] == colour]
+
+
+def test_the_picture_shows_what_is_left_of_each_layer(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    model = load.load(str(tiny("llama-tied")))
+    cut = cut_layers(cut_sub_blocks(model, attention=[2]), [0, 2])
+    write(
+        tmp_path,
+        model.spec,
+        cut.spec,
+        origin=cut.layer_origin,
+        source="some/model",
+        recipe={"name": "by hand", "description": ""},
+        stages=[],
+        quality=None,
+    )
+    for part, (pale, full) in COLOURS.items():
+        before, after = bars(tmp_path, pale), bars(tmp_path, full)
+        assert len(before) == len(after) == 3
+        assert all(before)
+        expected = [True, False, part is Part.FFN]
+        assert [height > 0 for height in after] == expected
+        assert after[0] == before[0]
+    text = (tmp_path / "README.md").read_text()
+    assert "trust_remote_code=True" in text
+    assert "model," in text.splitlines()[6]
