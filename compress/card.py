@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
-from flabc import __version__
 from flabc.families import Part
 from flabc.spec import ModelSpec
 
@@ -42,7 +41,7 @@ def write(
         quality: bits per byte of held-out text, ``dense`` and ``pruned``, if it was measured.
     """
     facts = {"before": before, "after": after, "source": Path(source).name, "recipe": recipe, "stages": stages}
-    card = _render("card.md.jinja", **facts, quality=quality, version=__version__)
+    card = _render("card.md.jinja", **facts, quality=quality, version=metadata.version("flabc"))
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / "shape.svg").write_text(_render("shape.svg.jinja", **_picture(before, after, origin)), encoding="utf-8")
 

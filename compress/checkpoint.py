@@ -37,8 +37,14 @@ def write(model: CausalLM, folder: Path) -> None:
         _write_json(folder / "generation_config.json", model.generation_config)
     write_tokenizer(model, folder)
     if model.token_origin != tuple(range(model.spec.vocab_size)):
-        _write_json(folder / VOCAB_MAP, {"old_ids": list(model.token_origin)})
+        (folder / VOCAB_MAP).write_text(json.dumps(model.token_origin) + "\n", encoding="utf-8")
     write_weights(model, folder)
+
+
+def read_vocab_map(folder: Path) -> tuple[int, ...] | None:
+    """The id that each of a checkpoint's or engine's tokens had in its source model; None if they are the same."""
+    file = folder / VOCAB_MAP
+    return tuple(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
 def write_weights(model: CausalLM, folder: Path) -> None:

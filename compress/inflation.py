@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from importlib import resources
 
 import torch
 from tokenizers import Tokenizer
@@ -14,6 +12,7 @@ from flabc.console import track
 from flabc.errors import StageError
 
 from .data.corpus import Document
+from .data.prose import samples
 from .model import CausalLM
 from .stage import Context
 from .walk import Walk, dense_variant
@@ -36,9 +35,12 @@ def inflation(dense: Tokenizer, pruned: Tokenizer, documents: Sequence[Document]
     Raises:
         StageError: if a text does not survive encoding and decoding as it did before.
     """
-    kinds = {"code": [document.text for document in documents]}
-    for name, text in _samples().items():
-        kinds.setdefault(name if name == "english" else OTHER, []).append(text)
+    english, others = samples()
+    kinds = {
+        "code": [document.text for document in documents],
+        "english": [english.text],
+        OTHER: [document.text for document in others],
+    }
     return {kind: round(_growth(dense, pruned, texts), 5) for kind, texts in kinds.items()}
 
 
@@ -71,9 +73,3 @@ def _growth(dense: Tokenizer, pruned: Tokenizer, texts: Sequence[str]) -> float:
             raise StageError("The pruned tokenizer does not give this text back as it was.", found=repr(text[:60]))
         before, after = before + len(old), after + len(new)
     return after / max(1, before)
-
-
-def _samples() -> dict[str, str]:
-    """A paragraph in each of several languages."""
-    text = resources.files("flabc.compress.data").joinpath("samples.json").read_text(encoding="utf-8")
-    return dict(json.loads(text))

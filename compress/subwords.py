@@ -1,7 +1,7 @@
-"""Subword vocabularies: which tokens another one needs, and how a set of wanted ones is closed, shrunk and grown.
+"""What the vocabulary stage asks of a tokenizer's model, whatever its kind: ``bpe`` and ``unigram`` answer.
 
-Each kind of tokenizer says what a token is made of; the rest is common. To add a kind, write a class with what
-``Subwords`` leaves open and list it in ``READERS``.
+A token may need others: a BPE token is only made through the intermediate products of its own derivation. A set of
+kept tokens is always closed under that need here, so that no kept token becomes unreachable.
 """
 
 from __future__ import annotations
@@ -9,52 +9,52 @@ from __future__ import annotations
 import heapq
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
-from flabc.errors import StageError, UnknownNameError
+from flabc.errors import StageError
 
 
 class Subwords(ABC):
-    """The model part of a ``tokenizer.json``."""
+    """The model part of a ``tokenizer.json``: what its tokens are made of, and what is left of it after a cut."""
 
     @property
     @abstractmethod
     def symbols(self) -> frozenset[int]:
-        """Ids that stay whatever is wanted: what every text can fall back on."""
+        """Ids without which some text could no longer be given back; they stay whatever the corpus says."""
 
     @abstractmethod
-    def intermediates(self, index: int) -> frozenset[int]:
-        """Ids of the tokens that a token is made of on the way; none if it is made in one step or not at all."""
+    def needs(self, index: int) -> frozenset[int]:
+        """Ids of the tokens without which this one cannot be made; those that they need are among them."""
 
     @abstractmethod
-    def by_rank(self) -> Iterable[int]:
-        """Ids in the order in which training found them useful."""
+    def natural_order(self) -> Iterator[int]:
+        """Every id of the vocabulary, the most useful first as far as the tokenizer itself tells.
 
-    @abstractmethod
-    def remapped(self, new_ids: Mapping[int, int]) -> dict[str, Any]:
-        """What changes in the model part of ``tokenizer.json`` when only the ids in ``new_ids`` are kept.
-
-        Args:
-            new_ids: old id to new id; keeps the order, closed, with all ``symbols``.
+        An id may come more than once; its last time is after all that it needs.
         """
 
+    @abstractmethod
+    def cut(self, keep: Sequence[int]) -> dict[str, Any]:
+        """The fields of the model that change when these old ids, ascending, are numbered anew."""
+
     def closure(self, wanted: Iterable[int]) -> set[int]:
-        """The wanted ids and all that they are made of."""
+        """The wanted ids and all that they need."""
         closed: set[int] = set()
         for index in wanted:
             closed.add(index)
-            closed |= self.intermediates(index)
+            closed |= self.needs(index)
         return closed
 
     def shrink(self, kept: set[int], fixed: set[int], counts: Mapping[int, int], size: int) -> set[int]:
-        """Remove the least frequent leaves until ``size`` ids are left. A leaf is part of no kept derivation.
+        """Remove the least frequent leaves until ``size`` ids are left. A leaf is needed by no kept token.
 
         Raises:
             StageError: if the tokens that must stay are more than ``size``.
         """
         left = set(kept)
-        uses = Counter(part for index in left for part in self.intermediates(index))
+        uses = Counter(part for index in left for part in self.needs(index))
         leaves = [(counts.get(index, 0), -index) for index in left - fixed if not uses[index]]
         heapq.heapify(leaves)
         while len(left) > size:
@@ -65,7 +65,7 @@ class Subwords(ABC):
                 )
             index = -heapq.heappop(leaves)[1]
             left.discard(index)
-            for part in self.intermediates(index):
+            for part in self.needs(index):
                 uses[part] -= 1
                 if not uses[part] and part not in fixed:
                     heapq.heappush(leaves, (counts.get(part, 0), -part))
@@ -75,50 +75,56 @@ class Subwords(ABC):
         """Add tokens until ``size`` ids are kept or none is left.
 
         Args:
-            kept: closed under derivation; so is the result.
+            kept: closed; so is the result.
             size: ids to keep.
-            first: what to add before all else, where it and what it is made of still fit, in this order; after
-                these comes whatever the tokenizer was trained to need first.
+            first: what to add before all else, where it and what it needs still fit, in this order; after these
+                come the others in their natural order.
         """
         grown = set(kept)
-        for index in first:
-            made = (self.intermediates(index) | {index}) - grown
-            if len(grown) + len(made) <= size:
-                grown |= made
-            if len(grown) == size:
-                break
-        for index in self.by_rank():
+        for index in chain(first, self.natural_order()):
             if len(grown) >= size:
                 break
-            if index not in grown and self.intermediates(index) <= grown:
-                grown.add(index)
+            missing = (self.needs(index) | {index}) - grown
+            if len(grown) + len(missing) <= size:
+                grown |= missing
         return grown
 
 
-def read(tokenizer: Mapping[str, Any]) -> Subwords:
-    """The subwords of a ``tokenizer.json``.
+def alphabet(vocab: Mapping[str, int], tokenizer: Mapping[str, Any]) -> frozenset[int]:
+    """Ids of the byte tokens, and of the characters that could not be spelled in bytes if they were gone.
 
-    Raises:
-        UnknownNameError: if its model is of a kind that is not known.
-        StageError: if it is a variant of a known kind that cannot be cut safely.
+    Without byte fallback that is every single-character token; with it, those that lack one of their bytes
+    (Gemma's tab) and those that the decoder turns into others (the ``▁`` that stands for a space).
     """
-    kind = tokenizer["model"].get("type")
-    if kind not in READERS:
-        raise UnknownNameError("kind of tokenizer", str(kind), READERS)
-    return READERS[kind](tokenizer)
+    has_bytes = bool(tokenizer["model"].get("byte_fallback"))
+    byte_tokens = {_byte_token(byte) for byte in range(256)} & vocab.keys() if has_bytes else set()
+    stages = decoder_stages(tokenizer)
+    spelling = byte_tokens if any(stage["type"] == "ByteFallback" for stage in stages) else set()
+    rewritten = set().union(*(_rewrites(stage) for stage in stages))
+
+    def stays(token: str) -> bool:
+        if len(token) != 1:
+            return token in byte_tokens
+        return token in rewritten or not _spelled(token, spelling)
+
+    return frozenset(index for token, index in vocab.items() if stays(token))
 
 
-def _bpe(tokenizer: Mapping[str, Any]) -> Subwords:
-    from .bpe import BytePairs
-
-    return BytePairs.of(tokenizer)
-
-
-def _unigram(tokenizer: Mapping[str, Any]) -> Subwords:
-    from .unigram import Pieces
-
-    return Pieces.of(tokenizer)
+def decoder_stages(tokenizer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The steps of a tokenizer's decoder, those inside a sequence one by one."""
+    decoder = tokenizer.get("decoder") or {}
+    return list(decoder.get("decoders", [decoder] if decoder else []))
 
 
-#: Kinds of tokenizers, by the type of their model in ``tokenizer.json``.
-READERS: dict[str, Callable[[Mapping[str, Any]], Subwords]] = {"BPE": _bpe, "Unigram": _unigram}
+def _rewrites(stage: Mapping[str, Any]) -> set[str]:
+    """What a step of the decoder replaces by something else."""
+    pattern = stage.get("pattern", {})
+    return {pattern["String"]} if "String" in pattern else {stage["replacement"]} if "replacement" in stage else set()
+
+
+def _spelled(character: str, byte_tokens: Collection[str]) -> bool:
+    return all(_byte_token(byte) in byte_tokens for byte in character.encode("utf-8", "surrogatepass"))
+
+
+def _byte_token(byte: int) -> str:
+    return f"<0x{byte:02X}>"

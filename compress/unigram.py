@@ -1,72 +1,59 @@
-"""Unigram vocabularies: pieces with scores, of which a text takes the most likely sequence.
+"""Unigram tokenizers (Kudo, 2018): pieces with scores; a text becomes the pieces whose scores sum highest.
 
-No piece is made of others, so any set can be kept: a sequence whose pieces are all kept was the best of more, and is
-the best of what is left.
+Without some pieces, the best way to write a text in the others is still the best, so a kept piece needs no other.
+Two things make that exact in the ``tokenizers`` library. An unknown character costs ten more than the worst piece,
+so the worst score stays. And a character without a piece is unknown: with byte fallback it is written in bytes;
+without it it is lost, so there every single-character piece stays, and a text comes back as it did before if each
+of its characters is such a piece.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from flabc.errors import StageError
-
-from .bpe import BYTE_TOKEN
-from .subwords import Subwords
+from .subwords import Subwords, alphabet
 
 
 @dataclass(frozen=True)
-class Pieces(Subwords):
+class Unigram(Subwords):
     """The model part of a Unigram ``tokenizer.json``.
 
     Args:
-        scored: pieces and their log-probabilities; a piece's place is its id.
-        unk_id: the piece for what no piece covers, if there is one.
+        pieces: piece and score (a log-probability) in the order of their ids.
+        letters: ids of byte tokens, and of characters that nothing could stand for.
+        unknown: the id that stands for unknown characters, or None.
     """
 
-    scored: Sequence[tuple[str, float]]
-    unk_id: int | None
+    pieces: Sequence[tuple[str, float]]
+    letters: frozenset[int]
+    unknown: int | None = None
 
     @classmethod
-    def of(cls, tokenizer: Mapping[str, Any]) -> Pieces:
-        """Read the content of a ``tokenizer.json``.
-
-        Raises:
-            StageError: if its added tokens lie between its pieces, whose places are their ids.
-        """
+    def of(cls, tokenizer: Mapping[str, Any]) -> Unigram:
+        """Read the content of a ``tokenizer.json`` whose model is a Unigram."""
         model = tokenizer["model"]
-        return cls([(str(piece), float(score)) for piece, score in model["vocab"]], model.get("unk_id"))
+        pieces = [(piece, score) for piece, score in model["vocab"]]
+        vocab = {piece: index for index, (piece, _) in enumerate(pieces)}
+        return cls(pieces, alphabet(vocab, tokenizer), model.get("unk_id"))
 
     @cached_property
     def symbols(self) -> frozenset[int]:
-        """Ids of the bytes, of every single character, of the unknown piece, and of the least likely piece.
+        """Bytes and characters that stay, the unknown token, and a piece of the worst score."""
+        worst = min(range(len(self.pieces)), key=lambda index: self.pieces[index][1])
+        return self.letters | {worst} | ({self.unknown} if self.unknown is not None else set())
 
-        The price of an unknown character hangs on the least likely piece; without it other pieces would be chosen.
-        """
-        short = {
-            index for index, (piece, _) in enumerate(self.scored) if len(piece) == 1 or BYTE_TOKEN.fullmatch(piece)
-        }
-        least = min(range(len(self.scored)), key=lambda index: self.scored[index][1])
-        return frozenset(short | {least} | ({self.unk_id} if self.unk_id is not None else set()))
-
-    def intermediates(self, index: int) -> frozenset[int]:
-        """None: a piece is taken as a whole."""
+    def needs(self, index: int) -> frozenset[int]:
+        """Nothing: a piece is found as it is."""
         return frozenset()
 
-    def by_rank(self) -> Iterable[int]:
-        """The most likely pieces first."""
-        return sorted(range(len(self.scored)), key=lambda index: -self.scored[index][1])
+    def natural_order(self) -> Iterator[int]:
+        """The most probable pieces first."""
+        yield from sorted(range(len(self.pieces)), key=lambda index: (-self.pieces[index][1], index))
 
-    def remapped(self, new_ids: Mapping[int, int]) -> dict[str, Any]:
-        """The pieces that are kept, and where the unknown one is now.
-
-        Raises:
-            StageError: if a piece would not lie at its id.
-        """
-        kept = [(old, piece) for old, piece in enumerate(self.scored) if old in new_ids]
-        if any(new_ids[old] != place for place, (old, _) in enumerate(kept)):
-            raise StageError("The ids of this Unigram tokenizer's pieces are not their places.")
-        unknown = {} if self.unk_id is None else {"unk_id": new_ids[self.unk_id]}
-        return {"vocab": [list(piece) for _, piece in kept], **unknown}
+    def cut(self, keep: Sequence[int]) -> dict[str, Any]:
+        """The kept pieces, and the new id of the unknown token."""
+        pieces = [list(self.pieces[old]) for old in keep if old < len(self.pieces)]
+        return {"vocab": pieces, "unk_id": None if self.unknown is None else keep.index(self.unknown)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -17,14 +17,20 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from flabc.console import progress
+from flabc.errors import StageError
 
+from .bpe import BytePairs
 from .config import VocabConfig
 from .data import corpus
 from .data.corpus import Document
 from .inflation import inflation, removed_mass
 from .model import CausalLM, TokenizerFiles, cut_vocab
 from .stage import Context, Plan, Stage, encoder
-from .subwords import read
+from .subwords import Subwords
+from .unigram import Unigram
+
+#: Kinds of tokenizers that can be cut, by the name of their model in ``tokenizer.json``.
+KINDS: Mapping[str, Callable[[Mapping[str, Any]], Subwords]] = {"BPE": BytePairs.of, "Unigram": Unigram.of}
 
 #: How often each id occurs, (V,).
 Counts = np.ndarray[Any, np.dtype[np.float64]]
@@ -47,10 +53,9 @@ def plan(model: CausalLM, config: VocabConfig, context: Context) -> VocabPlan:
     """Choose the rows to keep.
 
     Raises:
-        StageError: if the tokenizer cannot be cut safely, or ``max_size`` is less than what must stay.
-        UnknownNameError: if it is of a kind that is not known.
+        StageError: if the tokenizer is of no known kind, or ``max_size`` is less than what must stay.
     """
-    subwords = read(model.tokenizer.tokenizer)
+    subwords = subwords_of(model.tokenizer.tokenizer)
     tokenizer = encoder(model.tokenizer)
     documents = context.documents if config.corpus is None else corpus.stream(config.corpus, "calibration")
     counts = balanced(count_tokens(tokenizer, documents, model.spec.vocab_size))
@@ -78,6 +83,18 @@ def plan(model: CausalLM, config: VocabConfig, context: Context) -> VocabPlan:
         "removed_mass": round(mass, 6),
     }
     return VocabPlan(summary, details, keep)
+
+
+def subwords_of(tokenizer: Mapping[str, Any]) -> Subwords:
+    """The model of a ``tokenizer.json``, as what the stage can cut.
+
+    Raises:
+        StageError: if it is of another kind; the message names it.
+    """
+    kind = tokenizer["model"]["type"]
+    if kind not in KINDS:
+        raise StageError("The vocabulary stage cannot cut this tokenizer.", expected=" or ".join(KINDS), found=kind)
+    return KINDS[kind](tokenizer)
 
 
 def apply(model: CausalLM, plan: VocabPlan) -> CausalLM:
@@ -147,9 +164,9 @@ def must_keep(model: CausalLM, tokenizer: Tokenizer) -> set[int]:
     keep = {entry["id"] for entry in model.tokenizer.tokenizer.get("added_tokens", [])}
     for config in (model.config, model.generation_config):
         keep |= {index for key, value in config.items() if _ID_KEY.search(key) for index in _flat(value)}
-    unknown = model.tokenizer.tokenizer["model"].get("unk_token")
-    if unknown is not None:
-        keep.add(tokenizer.token_to_id(unknown))
+    unknown = model.tokenizer.tokenizer["model"].get("unk_token")  # a Unigram's is among its symbols
+    if unknown is not None and (index := tokenizer.token_to_id(unknown)) is not None:
+        keep.add(index)
     for text in template_texts(model.tokenizer):
         keep |= set(tokenizer.encode(text, add_special_tokens=False).ids)
     return {index for index in keep if 0 <= index < model.spec.vocab_size}
@@ -196,7 +213,7 @@ def remap_tokenizer(files: TokenizerFiles, keep: Sequence[int]) -> TokenizerFile
     """
     new_ids = {old: new for new, old in enumerate(keep)}
     content = copy.deepcopy(dict(files.tokenizer))
-    content["model"] |= read(files.tokenizer).remapped(new_ids)
+    content["model"] |= subwords_of(files.tokenizer).cut(keep)
     for entry in content.get("added_tokens", []):
         entry["id"] = new_ids[entry["id"]]
     if content.get("padding"):

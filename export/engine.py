@@ -28,6 +28,7 @@ COPIED = (
     "chat_template.jinja",
     "generation_config.json",
     "config.json",
+    "vocab_map.json",
 )
 
 #: The weights that both graphs read.
