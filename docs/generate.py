@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from flabc.cli import PLANNED, cli
-from flabc.perf import evaluation, figures, table
+from flabc.perf import evaluation, figures, methods, table
 from flabc.perf.comparison import EvalRow
 from flabc.perf.evaluation import EvalResult
 from flabc.project import Project
@@ -55,7 +55,14 @@ def readme() -> str:
         "of the ratio."
     )
     text = between(text, "results", f"{table.as_markdown(table.rows(result))}\n\n{where}")
-    return between(between(text, "quality", quality()), "parity", parity())
+    text = between(between(text, "quality", quality()), "parity", parity())
+    return between(text, "methods", against_each_other())
+
+
+def against_each_other() -> str:
+    """Pruning methods on the real code model, as far as they have been measured."""
+    file = RESULTS / f"{PARITY}.methods.json"
+    return methods.as_markdown(json.loads(file.read_text(encoding="utf-8"))["cells"])
 
 
 def parity() -> str:

@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,59 @@ METHODS = {
     "ours-unrestored": Method("flabc without restoration", ours(restore=False)),
     "ours": Method("flabc", ours(restore=True)),
 }
+
+
+#: The table's head, and how its columns are set.
+HEAD = (
+    "| left | method | parameters | KL | perplexity | seconds | HumanEval |",
+    "| :--- | :--- | ---: | ---: | ---: | ---: | ---: |",
+)
+
+
+def as_markdown(cells: Mapping[str, Any]) -> str:
+    """The table of what has been measured: a row for each method at each size."""
+    lines = [*HEAD, _row("all", "dense", cells[DENSE])]
+    for size, target in TARGETS.items():
+        ((of, share),) = target.items()
+        left = f"{share:.0%} of {'all' if of == 'params' else 'the layers'}"
+        found = [(method.title, cells.get(f"{size}/{name}")) for name, method in METHODS.items()]
+        lines += [_row(left, title, cell) for title, cell in found if cell is not None]
+    return "\n".join(lines)
+
+
+def _row(left: str, title: str, cell: Mapping[str, Any]) -> str:
+    if "error" in cell:
+        return f"| {left} | {title} | - | - | {cell['error']} | - | - |"
+    kl = _value(cell.get("kl"))
+    facts = [
+        f"{cell['parameters'] / 1e6:.1f} M",
+        f"{kl['target']['value']:.3f}" if kl else "-",
+        _perplexity(_value(cell.get("perplexity"))),
+        f"{cell['seconds']:.0f}" if "seconds" in cell else "-",
+        _solved(_value(cell.get("humaneval"))),
+    ]
+    return f"| {left} | {title} | {' | '.join(facts)} |"
+
+
+def _perplexity(row: Mapping[str, Any] | None) -> str:
+    """Perplexity, and how it compares with the dense model's."""
+    if row is None:
+        return "-"
+    value, base = row["target"]["value"], row["baseline"]
+    return f"{value:.2f}" + (f" ({value / base['value'] - 1:+.1%})" if base else "")
+
+
+def _solved(row: Mapping[str, Any] | None) -> str:
+    """Problems solved, and how sure the difference is."""
+    if row is None:
+        return "-"
+    solved = f"{row['target']['value'] * row['target']['n']:.0f}/{row['target']['n']}"
+    return solved + (f" (p = {row['p_value']:.2g})" if row["baseline"] else "")
+
+
+def _value(rows: Any) -> dict[str, Any] | None:
+    """The first row of an evaluation, if there is one."""
+    return dict(rows[0]) if isinstance(rows, list) else None
 
 
 def main() -> None:
