@@ -70,7 +70,8 @@ class Surround:
             backbone.layers, backbone.norm = nn.ModuleList(), nn.Identity()
             if self.model.family.embedding_multiplier:
                 backbone.embedding_multiplier = 1.0  # the model applies it on its way in, here each layer is entered
-            self._backbones[kind] = backbone.to(self.device, self.dtype).eval()
+            # Not to the dtype: rotary frequencies are float32 in every model, rounded they point elsewhere.
+            self._backbones[kind] = backbone.to(self.device).eval()
         return self._backbones[kind]
 
 

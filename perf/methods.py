@@ -116,7 +116,7 @@ def ours(*, restore: bool) -> Callable[[ModelSpec, int, int | None], Stages]:
 
     def stages(_: ModelSpec, __: int, rows: int | None) -> Stages:
         cut = {"stage": "vocab", "corpus": VOCABULARY, "max_size": rows}
-        narrowed = {"stage": "widths", "score": "obs", "restore": False}
+        narrowed = {"stage": "widths", "score": "obs", "restore": False, "multiple_of": 16}
         return [*([cut] if rows else []), narrowed, *([{"stage": "restore"}] if restore else [])]
 
     return stages

@@ -79,6 +79,28 @@ def test_the_walk_says_what_transformers_says(both: tuple[CausalLM, Any]) -> Non
     torch.testing.assert_close(ours_say(ours), theirs_say(theirs), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_in_bfloat16_the_walk_says_what_transformers_says(tiny: Callable[[str], Path], name: str) -> None:
+    """Far from the first token, where a rounded rotary frequency would show."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny(name)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager").eval()
+    tokens = torch.randint(3, 600, (1, 500), generator=torch.Generator().manual_seed(6))
+    ours = load.load(str(folder))
+    walk = Walk(ours, tokens, torch.device("cpu"), torch.bfloat16)
+    variant = present(ours.spec)
+    said = torch.cat([group[variant].log_probs for group in walk.readouts(walk.run([variant]))])
+    with torch.no_grad():
+        expected = theirs(tokens, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    assert float((said - expected).abs().mean()) < 0.024
+    frequencies = [
+        b for backbone in walk.surround._backbones.values() for n, b in backbone.named_buffers() if "inv_freq" in n
+    ]
+    assert frequencies
+    assert {buffer.dtype for buffer in frequencies} == {torch.float32}
+
+
 def test_the_spec_counts_what_transformers_counts(both: tuple[CausalLM, Any]) -> None:
     ours, theirs = both
     assert ours.spec.num_parameters == theirs.num_parameters()
