@@ -56,7 +56,23 @@ def readme() -> str:
     )
     text = between(text, "results", f"{table.as_markdown(table.rows(result))}\n\n{where}")
     text = between(between(text, "quality", quality()), "parity", parity())
-    return between(text, "methods", against_each_other())
+    return between(between(text, "methods", against_each_other()), "speed", speed_of_compressing())
+
+
+def speed_of_compressing() -> str:
+    """What makes compressing fast, as it was measured."""
+    walk = json.loads((RESULTS / "walk.json").read_text(encoding="utf-8"))
+    left_out, offspring = walk["cases"].values()
+    counted = json.loads((RESULTS / "vocabulary-speed.json").read_text(encoding="utf-8"))["tokenizers"]
+    counting = " and ".join(
+        f"{row['counting_s']:.0f} s ({name}, {row['vocab_size']:,} tokens)" for name, row in counted.items()
+    )
+    return (
+        f"One walk over all variants of {walk['model']} with a layer left out takes {left_out['ratio']:.1f} times less "
+        f"than a forward pass for\neach, 32 offspring of one parent {offspring['ratio']:.1f} times less "
+        f"(`perf/walk_speed.py`). The tokens of 100 MB of text are counted in\n{counting} "
+        "(`perf/vocabulary_speed.py`)."
+    )
 
 
 def against_each_other() -> str:
