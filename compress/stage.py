@@ -85,6 +85,7 @@ class Context:
             self.calibration.sequences,
             self.calibration.sequence_length,
             self.seed,
+            openings(model),
         )
 
 
@@ -104,10 +105,55 @@ def encoder(files: TokenizerFiles) -> Tokenizer:
     return tokenizer
 
 
-def sequences(tokenizer: Tokenizer, documents: Sequence[Document], count: int, length: int, seed: int) -> Tensor:
+def openings(model: CausalLM) -> list[list[int]]:
+    """The ways in which a sequence begins where the model serves: with text, a special token, or the chat template.
+
+    The first token gathers attention and activations a hundred times those of others (Xiao et al., 2023, "attention
+    sinks"). A model that is cut and refitted on text alone loses that state for the tokens it never saw there, and
+    with it every sequence that begins with one.
+    """
+    tokenizer = encoder(model.tokenizer)
+    config = {**model.config, **model.generation_config}
+    special = [config.get(key) for key in ("bos_token_id", "eos_token_id")]
+    first = next((index for found in special for index in _ids(found)), None)
+    chat = tokenizer.encode(_before_user(model.tokenizer), add_special_tokens=False).ids
+    return [[], *([[first]] if first is not None else []), *([chat] if chat else [])]
+
+
+def _ids(found: Any) -> list[int]:
+    return found if isinstance(found, list) else [] if found is None else [found]
+
+
+def _before_user(files: TokenizerFiles) -> str:
+    """What the chat template says before the user's words."""
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    if files.chat_template is None:
+        return ""
+    special = {key: value for key, value in files.config.items() if key.endswith("_token")}
+    words = "words of a user"
+    try:
+        rendered: Any = render_jinja_template(
+            [[{"role": "user", "content": words}]], chat_template=files.chat_template, **special
+        )[0]
+    except TemplateError:  # the template wants more than a user's turn
+        return ""
+    return str(rendered[0].partition(words)[0])
+
+
+def sequences(
+    tokenizer: Tokenizer,
+    documents: Sequence[Document],
+    count: int,
+    length: int,
+    seed: int,
+    openings: Sequence[Sequence[int]] = ((),),
+) -> Tensor:
     """``count`` windows of ``length`` tokens, each from one document, the documents drawn by their size.
 
-    Of several corpora each gives as many windows as the others, in turn.
+    Of several corpora each gives as many windows as the others, in turn; so do the openings, which stand before the
+    text of a window.
 
     Raises:
         CorpusError: if one has not so many documents that are long enough.
@@ -119,7 +165,10 @@ def sequences(tokenizer: Tokenizer, documents: Sequence[Document], count: int, l
         for corpus, share in zip(corpora, shares, strict=True)
         if share
     ]
-    return torch.tensor([window for turn in zip_longest(*drawn) for window in turn if window is not None])
+    plain = [window for turn in zip_longest(*drawn) for window in turn if window is not None]
+    # By rows of corpora, so that no corpus always has the same opening.
+    turns = [list(openings[at // len(corpora) % len(openings)])[: length // 2] for at in range(count)]
+    return torch.tensor([[*opening, *window][:length] for opening, window in zip(turns, plain, strict=True)])
 
 
 def _windows(

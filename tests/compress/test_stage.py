@@ -1,0 +1,55 @@
+"""Calibration windows: where they come from, and how they begin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from flabc.compress.data.corpus import Document
+from flabc.compress.model import CausalLM
+from flabc.compress.stage import Context, encoder, openings, sequences
+from flabc.errors import CorpusError
+
+
+def test_sequences_begin_as_they_do_where_the_model_serves(
+    tied: CausalLM, make_context: Callable[..., Context], any_tiny: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    plain, special, chat = openings(tied)
+    assert plain == []
+    assert special == [tied.config["bos_token_id"]]
+    theirs = AutoTokenizer.from_pretrained(any_tiny)
+    prompt = theirs.apply_chat_template([{"role": "user", "content": "q"}])["input_ids"]
+    assert chat
+    assert prompt[: len(chat)] == chat
+    begins = [row.tolist() for row in make_context(tied, sequences=6).tokens(tied)]
+    for at, row in enumerate(begins):
+        opening = (plain, special, chat)[at % 3]
+        assert row[: len(opening)] == opening
+        assert len(row) == 48
+    assert begins[0][0] not in (special[0], chat[0])
+
+
+def test_a_model_without_special_tokens_or_a_template_begins_with_text(tied: CausalLM) -> None:
+    bare = replace(tied, config={}, generation_config={}, tokenizer=replace(tied.tokenizer, chat_template=None))
+    assert openings(bare) == [[]]
+
+
+def test_corpora_and_openings_take_turns_independently(tied: CausalLM) -> None:
+    tokenizer = encoder(tied.tokenizer)
+    documents = [Document(str(n), f"{word} " * 200, word) for word in ("import", "return") for n in range(8)]
+    rows = sequences(tokenizer, documents, 12, 20, 0, [[], [1], [2]])
+    text = [tokenizer.decode(row.tolist()[1:]) for row in rows]
+    assert ["import" in each for each in text] == [True, False] * 6
+    first = [row[0].item() if row[0] in (1, 2) else None for row in rows]
+    assert first == [None, None, 1, 1, 2, 2] * 2
+
+
+def test_too_little_text_is_told_for_the_corpus_that_lacks_it(tied: CausalLM) -> None:
+    documents = [Document("a", "import " * 400, "long"), Document("b", "x", "short")]
+    with pytest.raises(CorpusError, match="has 0 documents of 20 tokens"):
+        sequences(encoder(tied.tokenizer), documents, 2, 20, 0)
