@@ -135,6 +135,12 @@ def read_config(location: Location) -> dict[str, Any]:
     """
     if not location.file:
         return _completed(_read_json(location.folder / "config.json"))
+    return dict(_gguf_config(location))
+
+
+@lru_cache(maxsize=1)
+def _gguf_config(location: Location) -> Mapping[str, Any]:
+    """What transformers makes of a GGUF's header; it takes seconds."""
     from transformers import AutoConfig
 
     with _quiet_transformers():
@@ -276,14 +282,14 @@ def can_stream(location: Location) -> bool:
     return location.file is None and all(file.is_file() for file in _shards_of(location.folder, "model.safetensors"))
 
 
-def stored_bytes(location: Location, *, pickled: bool = False) -> int:
+def stored_bytes(location: Location, spec: ModelSpec, *, pickled: bool = False) -> int:
     """Bytes of a model's weights once they are read: a GGUF becomes float32.
 
     Raises:
         ModelError: as ``shards``.
     """
     if location.file:
-        return 4 * ModelSpec.from_config(read_config(location)).num_parameters
+        return 4 * spec.num_parameters
     return sum(file.stat().st_size for file in shards(location.folder, pickled=pickled))
 
 

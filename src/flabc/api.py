@@ -224,7 +224,8 @@ def compress(
     from flabc.compress import card, checkpoint, load, pipeline, preflight
 
     location = load.locate(model)
-    spec, size = ModelSpec.from_config(load.read_config(location)), load.stored_bytes(location, pickled=allow_pickle)
+    spec = ModelSpec.from_config(load.read_config(location))
+    size = load.stored_bytes(location, spec, pickled=allow_pickle)
     stream = preflight.streams(
         spec,
         size,
