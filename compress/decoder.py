@@ -35,6 +35,7 @@ class Surround:
     def __init__(self, model: CausalLM, device: torch.device, dtype: torch.dtype) -> None:
         self.model, self.device, self.dtype = model, device, dtype
         self._backbones: dict[str, nn.Module] = {}
+        self._norm: nn.Module | None = None
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The hidden states that the first layer receives, (N, T) to (N, T, D)."""
@@ -55,7 +56,8 @@ class Surround:
 
     def head(self) -> Head:
         """What follows the layers."""
-        norm: Any = _backbone_of(self.model, 0).norm
+        self._backbone(0)  # its norm is the model's, whatever the type of the layer
+        norm: Any = self._norm
         weights = {slot.name.rsplit(".", 1)[1]: slot for slot in self.model.family.tensors if slot.part is Part.NORM}
         norm.load_state_dict({name: self._moved(slot.role) for name, slot in weights.items()}, assign=True)
         return Head(norm.eval(), self.model.output_matrix.to(self.device, self.dtype), self.model)
@@ -67,6 +69,7 @@ class Surround:
         kind = _layer_type(self.model, index)
         if kind not in self._backbones:
             backbone: Any = _backbone_of(self.model, index)
+            self._norm = backbone.norm
             backbone.layers, backbone.norm = nn.ModuleList(), nn.Identity()
             if self.model.family.embedding_multiplier:
                 backbone.embedding_multiplier = 1.0  # the model applies it on its way in, here each layer is entered
@@ -79,18 +82,12 @@ class Head:
     """The final norm and the output matrix."""
 
     def __init__(self, norm: nn.Module, matrix: Tensor, model: CausalLM) -> None:
-        self.norm, self.matrix = norm, matrix
-        keys = (model.family.logits_scaling, model.family.logits_softcapping)
-        self.scaling, self.softcapping = (model.config.get(key) if key else None for key in keys)
+        self.norm, self.matrix, self.model = norm, matrix, model
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         """Log-probabilities of the next token, (n, D) to (n, V), float32."""
         logits = (self.norm(hidden) @ self.matrix.T).float()
-        if self.scaling:
-            logits = logits / self.scaling
-        if self.softcapping:
-            logits = self.softcapping * torch.tanh(logits / self.softcapping)
-        return torch.log_softmax(logits, -1)
+        return torch.log_softmax(self.model.family.finished(logits, self.model.config), -1)
 
 
 def build_layer(

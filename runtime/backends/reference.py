@@ -7,6 +7,7 @@ rounds by more than the differences that the reference is there to show.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class TorchBackend:
     name = "torch"
 
     def __init__(self, folder: Path, spec: ModelSpec, limits: Limits) -> None:
-        self.spec = spec
+        self.spec, self._family = spec, family_named(spec.family)
         self.limits = limits
         self._torch: Any = require("torch", "compress")
         transformers: Any = require("transformers", "compress")
@@ -61,59 +62,81 @@ class TorchBackend:
         )
         transformers.logging.set_verbosity(verbosity)
         self._model = model.to(device).eval()
-        self._cache_class = transformers.DynamicCache
+        self._config, self._windows = model.config.to_dict(), _windows(model.config)
+        # A window counts tokens; in a ragged batch a cache that forgets would count padding too.
+        forgets = any(self._windows.values())
+        self._new_cache: Any = partial(transformers.DynamicCache, **({} if forgets else {"config": model.config}))
         self.start(1)
 
     def start(self, batch: int) -> None:
         """Forget all sequences and begin ``batch`` new ones."""
         self.limits.check_batch(batch)
-        self._cache = self._cache_class(config=self._model.config)
-        self._valid = np.zeros((batch, 0), np.int64)  # (B, total): which cached positions are real
+        self._cache = self._new_cache()
+        self._places = np.zeros((batch, 0), np.int64)  # (B, total): where each cached token stands, -1 for padding
 
     def extend(self, ids: Ids, counts: Ids) -> Logits:
         """Append tokens to every sequence; (B, S) and (B,) in, (B, V) out."""
-        lengths = self._valid.sum(1)
+        lengths = (self._places >= 0).sum(1)
         self.limits.check_length(int((lengths + counts).max()))
-        self._valid = np.concatenate([self._valid, _real(ids, counts)], axis=1)
-        positions = lengths[:, None] + np.minimum(np.arange(ids.shape[1]), counts[:, None] - 1)
-        return self._run(ids, counts, positions, self._valid, self._cache)
+        self._places = np.concatenate([self._places, _places(ids, counts, lengths)], axis=1)
+        return self._run(ids, counts, lengths, self._places, self._cache)
 
     def join(self, ids: Ids, counts: Ids) -> Logits:
         """Let new sequences join behind those that are running."""
-        self.limits.check_batch(len(self._valid) + len(ids))
+        self.limits.check_batch(len(self._places) + len(ids))
         self.limits.check_length(int(counts.max()))
-        cache, valid = self._cache_class(config=self._model.config), _real(ids, counts)
-        positions = np.minimum(np.arange(ids.shape[1]), counts[:, None] - 1)
-        logits = self._run(ids, counts, positions, valid, cache)
-        if not len(self._valid):
-            self._cache, self._valid = cache, valid
+        begin = np.zeros_like(counts)
+        cache, places = self._new_cache(), _places(ids, counts, begin)
+        logits = self._run(ids, counts, begin, places, cache)
+        if not len(self._places):
+            self._cache, self._places = cache, places
             return logits
         # Caches of one length: the shorter gets positions in front that nobody attends to.
-        longest = max(self._valid.shape[1], valid.shape[1])
+        longest = max(self._places.shape[1], places.shape[1])
         for ours, theirs in zip(self._cache.layers, cache.layers, strict=True):
             ours.keys = self._stack(ours.keys, theirs.keys, longest)
             ours.values = self._stack(ours.values, theirs.values, longest)
-        self._valid = np.concatenate(
-            [np.pad(part, ((0, 0), (longest - part.shape[1], 0))) for part in (self._valid, valid)]
+        self._places = np.concatenate(
+            [
+                np.pad(part, ((0, 0), (longest - part.shape[1], 0)), constant_values=-1)
+                for part in (self._places, places)
+            ]
         )
         return logits
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these sequences only."""
         self._cache.batch_select_indices(self._tensor(np.array(rows, np.int64)))
-        self._valid = self._valid[list(rows)]
+        self._places = self._places[list(rows)]
 
-    def _run(self, ids: Ids, counts: Ids, positions: Ids, valid: Ids, cache: Any) -> Logits:
+    def _run(self, ids: Ids, counts: Ids, begin: Ids, places: Ids, cache: Any) -> Logits:
+        """Logits after each row's last token; ``begin`` (B,) is where its first one stands."""
+        positions = begin[:, None] + np.minimum(np.arange(ids.shape[1]), counts[:, None] - 1)  # (B, S)
         with self._torch.no_grad():
             hidden = self._model.model(
                 input_ids=self._tensor(ids),
-                attention_mask=self._tensor(valid),
+                attention_mask=self._mask(positions, places),
                 position_ids=self._tensor(positions),
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state  # (B, S, D)
-            last = hidden[self._torch.arange(len(ids)), self._tensor(counts - 1)]
-            return self._numpy(self._model.lm_head(last))
+            # Logits for the last tokens only: for all of a batch of prompts they would take gigabytes.
+            logits = self._model.lm_head(hidden[self._torch.arange(len(ids)), self._tensor(counts - 1)])
+            return self._numpy(self._family.finished(logits, self._config))
+
+    def _mask(self, positions: Ids, places: Ids) -> Any:
+        """What transformers makes its masks of: which cached tokens are real; or, where windows count, the masks."""
+        if not any(self._windows.values()):
+            return self._tensor((places >= 0).astype(np.int64))
+        masks = {kind: self._allowed(positions, places, window) for kind, window in self._windows.items()}
+        return masks if self._family.typed_masks else next(iter(masks.values()))
+
+    def _allowed(self, positions: Ids, places: Ids, window: int | None) -> Any:
+        """(B, 1, S, total): 0 where a token at (B, S) attends to one that stands at (B, total)."""
+        ahead = positions[:, :, None] - places[:, None, :]
+        seen = (places[:, None, :] >= 0) & (ahead >= 0) & (ahead < (window or np.inf))
+        lowest = self._torch.finfo(self._model.dtype).min
+        return self._tensor(np.where(seen, 0, lowest)[:, None]).to(self._model.dtype)
 
     def _stack(self, ours: Any, theirs: Any, longest: int) -> Any:
         """Two caches (B, H, T, d) as one of ``longest`` positions."""
@@ -150,7 +173,15 @@ def has_own_module(folder: Path, spec: ModelSpec) -> bool:
     return True
 
 
-def _real(ids: Ids, counts: Ids) -> Ids:
-    """Which of (B, S) tokens are no padding."""
-    real: Ids = (np.arange(ids.shape[1]) < counts[:, None]).astype(np.int64)
-    return real
+def _windows(config: Any) -> dict[str, int | None]:
+    """How far back each type of layer looks, None for all the way; one type if the model does not tell them apart."""
+    window = getattr(config, "sliding_window", None)
+    kinds = dict.fromkeys(getattr(config, "layer_types", None) or ["sliding_attention"])
+    return {kind: window if kind == "sliding_attention" else None for kind in kinds}
+
+
+def _places(ids: Ids, counts: Ids, begin: Ids) -> Ids:
+    """Where each of (B, S) tokens stands, from ``begin`` (B,) on; -1 for padding."""
+    steps = np.arange(ids.shape[1])
+    places: Ids = np.where(steps < counts[:, None], begin[:, None] + steps, -1)
+    return places

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,32 @@ def test_backends_agree_on_a_ragged_batch(tiny_engine: Path, tiny_checkpoint: Pa
         backend.extend(IDS, np.array([4, 9]))
         answers.append(backend.extend(IDS[:, :1], np.array([1, 1])))
     np.testing.assert_allclose(*answers, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "variant", ["gemma2-tied", "gemma3_text-tied", "granite-tied", "mistral-untied", "phi3-untied", "starcoder2-tied"]
+)
+def test_torch_says_in_a_ragged_batch_what_transformers_says_of_each_row(
+    tiny: Callable[[str], Path], variant: str
+) -> None:
+    """With prompts longer than the window, tokens behind padding, and a sequence that joins."""
+    from transformers import AutoModelForCausalLM
+
+    ids = np.random.default_rng(5).integers(3, 500, (3, 44))
+    backend = opened(tiny(variant), max_batch=3)
+    backend.start(0)
+    first = backend.join(ids[:2, :40], np.array([5, 40]))
+    second = backend.extend(ids[:2, 40:41], np.array([1, 1]))
+    joined = backend.join(ids[2:, :9], np.array([9]))
+    third = backend.extend(ids[:, 41:42], np.array([1, 1, 1]))
+    theirs = AutoModelForCausalLM.from_pretrained(tiny(variant), dtype=torch.float32).eval()
+    rows = [np.concatenate([ids[0, :5], ids[0, 40:42]]), ids[1, :42], np.concatenate([ids[2, :9], ids[2, 41:42]])]
+    with torch.no_grad():
+        said = [theirs(torch.from_numpy(row[None]), use_cache=False).logits[0].numpy() for row in rows]
+    np.testing.assert_allclose(first, [said[0][4], said[1][39]], atol=2e-4)
+    np.testing.assert_allclose(second, [said[0][5], said[1][40]], atol=2e-4)
+    np.testing.assert_allclose(joined, [said[2][8]], atol=2e-4)
+    np.testing.assert_allclose(third, [each[-1] for each in said], atol=2e-4)
 
 
 def test_logits_that_were_given_out_do_not_change_later(folder: Path) -> None:

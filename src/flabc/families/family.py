@@ -78,6 +78,7 @@ class Family:
         logits_scaling: the config key of what the logits are divided by.
         logits_softcapping: the config key of the bound that logits are bent to.
         normed_outputs: whether a norm stands between a sub-block's output projection and the residual stream.
+        typed_masks: whether the model takes a mask for each type of layer, instead of one for all.
         eager: whether transformers computes its attention right only without fused kernels.
     """
 
@@ -96,7 +97,15 @@ class Family:
     logits_scaling: str | None = None
     logits_softcapping: str | None = None
     normed_outputs: bool = False
+    typed_masks: bool = False
     eager: bool = False
+
+    def finished(self, logits: Any, config: Mapping[str, Any]) -> Any:
+        """What the model makes of the output matrix's product, a torch tensor: divided, and bent to a bound."""
+        if self.logits_scaling:
+            logits = logits / config[self.logits_scaling]
+        cap = config.get(self.logits_softcapping) if self.logits_softcapping else None
+        return cap * (logits / cap).tanh() if cap else logits
 
     @property
     def multipliers(self) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ GEMMA2 = Family(
     defaults={"attention_bias": False},
     logits_softcapping="final_logit_softcapping",
     normed_outputs=True,
+    typed_masks=True,
     eager=True,  # attention scores are soft-capped, which the fused kernels leave out
 )
 
@@ -38,4 +39,5 @@ GEMMA3 = Family(
     requires={"use_bidirectional_attention": (False, None)},
     logits_softcapping="final_logit_softcapping",
     normed_outputs=True,
+    typed_masks=True,
 )
