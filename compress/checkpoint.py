@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flabc.console import progress
-from flabc.families.per_layer import MODELING, modeling_code
+from flabc.families.per_layer import MODELING, PER_LAYER, modeling_code
 from flabc.spec import ModelSpec
 
 from .model import CausalLM
@@ -27,11 +28,13 @@ _BY_NUMBER = ("max_window_layers", "sliding_window_pattern", "_sliding_window_pa
 def write(model: CausalLM, folder: Path) -> None:
     """Write config, generation config, tokenizer and weights, in the dtype the model has.
 
-    If all layers are equal and whole, the folder is one of the family, which loads anywhere. If not, it carries the
-    module that builds it, which transformers runs if it is told ``trust_remote_code``.
+    If all layers are equal and whole, and of a shape that the family's config allows, the folder is one of the family,
+    which loads anywhere. If not, it carries the module that builds it, which transformers runs if it is told
+    ``trust_remote_code``.
     """
-    _write_json(folder / "config.json", config_of(model))
-    if not model.spec.is_uniform:
+    config = config_of(model)
+    _write_json(folder / "config.json", config)
+    if PER_LAYER in config:
         (folder / MODELING).write_text(modeling_code(model.family), encoding="utf-8")
     if model.generation_config:
         _write_json(folder / "generation_config.json", model.generation_config)
@@ -84,9 +87,24 @@ def config_of(model: CausalLM) -> dict[str, Any]:
     config = {key: value for key, value in model.config.items() if key not in _BY_NUMBER}
     if set(config.get("layer_types") or ()) <= {"full_attention"}:
         config.pop("layer_types", None)  # says nothing, and older versions of transformers do not know it
-    config |= {"architectures": [model.family.architecture]} | model.spec.config_fields()
+    config |= {"architectures": [model.family.architecture]}
+    config |= model.spec.config_fields(
+        native=model.spec.is_uniform and _is_allowed(config | model.spec.config_fields())
+    )
     assert ModelSpec.from_config(config) == model.spec
     return config
+
+
+def _is_allowed(config: Mapping[str, Any]) -> bool:
+    """Whether transformers accepts a plain config of its family: some want heads to divide hidden_size."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.for_model(**copy.deepcopy(dict(config)))
+    except StrictDataclassError:
+        return False
+    return True
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

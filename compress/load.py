@@ -21,7 +21,7 @@ from flabc.artifact import SourceRecord, sha256
 from flabc.console import progress
 from flabc.errors import ModelError, UnknownNameError
 from flabc.families import family_of
-from flabc.families.per_layer import PER_LAYER, plain_view
+from flabc.families.per_layer import MODELING, PER_LAYER, plain_view
 from flabc.spec import ModelSpec
 
 from .model import CausalLM, TokenizerFiles, check_weights
@@ -167,9 +167,13 @@ def read_tokenizer(location: Location) -> TokenizerFiles:
     """
     from transformers import AutoTokenizer
 
+    arguments = dict(location.arguments)
+    if (location.folder / MODELING).is_file() and not location.file:
+        # Transformers would ask whether to run the module, to learn no more than what family the tokenizer serves.
+        arguments["config"] = _bare_config(plain_view(_read_json(location.folder / "config.json")))
     with tempfile.TemporaryDirectory() as folder, _quiet_transformers():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(location.folder, **location.arguments)
+            tokenizer = AutoTokenizer.from_pretrained(location.folder, **arguments)
         except (OSError, ValueError) as error:
             raise ModelError(f"{location.name} has no tokenizer that transformers can read: {error}") from error
         tokenizer.save_pretrained(folder)
@@ -183,6 +187,13 @@ def read_tokenizer(location: Location) -> TokenizerFiles:
     if location.file:
         _restore_pre_tokenizer(content, location)
     return TokenizerFiles(content, config, tokenizer.chat_template)
+
+
+def _bare_config(config: Mapping[str, Any]) -> Any:
+    """A config that says its family and nothing else."""
+    from transformers import PreTrainedConfig
+
+    return type("Bare", (PreTrainedConfig,), {"model_type": config["model_type"]})()
 
 
 def _check_tokenizer(files: TokenizerFiles, spec: ModelSpec, location: Location) -> None:

@@ -185,11 +185,14 @@ class ModelSpec(BaseModel):
         """Bytes that one token adds to the KV cache, over all layers."""
         return 2 * self.head_dim * sum(layer.num_key_value_heads for layer in self.layers) * bytes_per_value
 
-    def config_fields(self) -> dict[str, Any]:
+    def config_fields(self, *, native: bool | None = None) -> dict[str, Any]:
         """The shape fields of a Hugging Face config for this spec.
 
         If the layers differ, the sizes of the whole model are the largest ones, and ``per_layer_config`` and the fields
         that lead transformers to flabc's module say the rest.
+
+        Args:
+            native: whether the family's own class builds the model; by default if all layers are equal and whole.
         """
         shapes = [layer.model_dump() for layer in self.layers]
         fields = {
@@ -201,7 +204,11 @@ class ModelSpec(BaseModel):
             **max(self.layers, key=lambda layer: layer.num_attention_heads).model_dump(),
             "intermediate_size": max(layer.intermediate_size for layer in self.layers),
         }
-        return fields if self.is_uniform else fields | per_layer_fields(family_named(self.family), shapes)
+        return (
+            fields
+            if (self.is_uniform if native is None else native)
+            else fields | per_layer_fields(family_named(self.family), shapes)
+        )
 
     def _has(self, slot: TensorSlot, layer: LayerSpec | None) -> bool:
         if slot.when == "untied":

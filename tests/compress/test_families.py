@@ -20,6 +20,8 @@ from flabc.compress.walk import Walk
 from flabc.errors import FlabcError
 from flabc.families import FAMILIES
 
+from ..conftest import write_tiny
+
 #: One tiny model of every family, and Llama with scaled positions.
 MODELS = (
     *("llama-untied-biased", "llama-scaled", "qwen2-tied", "qwen3-tied", "mistral-untied", "gemma2-tied"),
@@ -222,6 +224,56 @@ def test_a_fresh_process_computes_the_same(
     again = load.load(str(folder))
     assert again.spec == model.spec
     assert all(torch.equal(tensor, again.weights[key]) for key, tensor in model.weights.items())
+
+
+LONGROPE = {
+    "head_dim": 8,
+    "num_key_value_heads": 6,
+    "partial_rotary_factor": 0.5,
+    "original_max_position_embeddings": 64,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0, 2.0],
+        "long_factor": [3.0, 4.0],
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "cut"),
+    [
+        (
+            "llama-tied",
+            {"num_key_value_heads": 6},
+            lambda model: cut_heads(model, {layer: range(1, 6) for layer in range(3)}),
+        ),
+        ("gemma3_text-tied", {"num_key_value_heads": 6}, lambda model: cut_heads(model, {1: range(1, 6)})),
+        ("phi3-untied", LONGROPE, lambda model: cut_sub_blocks(model, attention=[0])),
+    ],
+    ids=["5 heads of 16 for 48 dimensions", "in one layer", "longrope without attention"],
+)
+def test_shapes_that_the_family_s_own_config_refuses(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], variant: str, changes: dict[str, Any], cut: Any
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    (tmp_path / "dense").mkdir()
+    model = load.load(str(write_tiny(tmp_path / "dense", variant, **changes)))
+    before = copy.deepcopy(dict(model.config))
+    model = cut(model)
+    said = ours_say(model)
+    (tmp_path / "cut").mkdir()
+    checkpoint.write(model, tmp_path / "cut")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "cut", trust_remote_code=True, attn_implementation="eager"
+    ).eval()
+    torch.testing.assert_close(said, theirs_say(theirs), atol=2e-5, rtol=1e-4)
+    capfd.readouterr()
+    assert load.load(str(tmp_path / "cut")).spec == model.spec
+    assert "custom code" not in capfd.readouterr().out  # nobody is asked anything
+    assert dict(model.config) == before  # transformers fills configs in place; ours is not theirs
 
 
 @pytest.mark.parametrize(
