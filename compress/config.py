@@ -7,7 +7,7 @@ registries of the modules that implement them.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, WithJsonSchema, model_validator
 
@@ -38,18 +38,33 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Cut(Config):
-    """What the configs of all stages share."""
+class Amount(Config):
+    """A config with fields of which at most one says how much."""
+
+    #: Names of these fields.
+    amounts: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def given(self) -> list[str]:
+        """Which of these fields say something."""
+        return [name for name in self.amounts if getattr(self, name) is not None]
 
     @property
     def takes_the_rest(self) -> bool:
-        """Whether the stage does not say how much it removes: then it is what the target still needs."""
-        return False
+        """Whether there are such fields and none says anything: then it is what the target still needs."""
+        return bool(self.amounts) and not self.given
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> Self:
+        if len(self.given) > 1:
+            raise ValueError(f"give at most one of {' and '.join(map(repr, self.amounts))}")
+        return self
 
 
-class Target(Config):
+class Target(Amount):
     """How much of the model is to be left over; stages cut until it is reached and never beyond it."""
 
+    amounts = ("params", "block_params", "bytes")
     params: Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(gt=1)] | None = Field(
         None, description="Parameters to keep: a fraction of the dense model's, or a number."
     )
@@ -62,10 +77,9 @@ class Target(Config):
     )
 
     @model_validator(mode="after")
-    def _one_amount(self) -> Target:
-        given = [name for name in ("params", "block_params", "bytes") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of 'params', 'block_params' and 'bytes' (given: {given or 'none'})")
+    def _not_empty(self) -> Self:
+        if not self.given:
+            raise ValueError(f"give one of {', '.join(map(repr, self.amounts))}")
         return self
 
 
@@ -83,7 +97,7 @@ class Calibration(Config):
     sequence_length: int = Field(512, gt=1, description="Tokens per sequence.")
 
 
-class VocabConfig(Cut):
+class VocabConfig(Amount):
     """Keep the tokens that the corpus needs, and everything that the tokenizer needs to make them."""
 
     stage: Literal["vocab"] = "vocab"
@@ -97,10 +111,11 @@ class VocabConfig(Cut):
     multiple_of: int = Field(64, gt=0, description="The number of rows is a multiple of this.")
 
 
-class LayersConfig(Cut):
+class LayersConfig(Amount):
     """Remove layers or sub-blocks one after another, each time the one whose absence costs least."""
 
     stage: Literal["layers"] = "layers"
+    amounts = ("fraction", "count")
     parts: Literal["layers", "attention", "ffn", "sub_blocks"] = Field(
         "layers",
         description="What is removed: whole layers, their attention, their FFN, or either. A model that lost "
@@ -117,24 +132,18 @@ class LayersConfig(Cut):
     )
     sequences: int = Field(8, gt=0, description="Sequences to compare on: ranking layers needs fewer than statistics.")
 
-    @property
-    def takes_the_rest(self) -> bool:
-        """Whether neither a count nor a fraction is given."""
-        return self.count is None and self.fraction is None
-
     @model_validator(mode="after")
-    def _consistent(self) -> LayersConfig:
-        if self.fraction is not None and self.count is not None:
-            raise ValueError("give at most one of 'fraction' and 'count'")
+    def _one_kind(self) -> Self:
         if self.order == "consecutive" and self.parts == "sub_blocks":
             raise ValueError("a run is of one kind of part: 'consecutive' does not go with 'sub_blocks'")
         return self
 
 
-class WidthsConfig(Cut):
+class WidthsConfig(Amount):
     """Narrow layers: remove FFN channels, and attention heads by whole KV groups."""
 
     stage: Literal["widths"] = "widths"
+    amounts = ("rate", "rates")
     of: tuple[Literal["ffn", "heads"], ...] = Field(("ffn",), min_length=1, description="What is narrowed.")
     rate: float | None = Field(
         None,
@@ -153,19 +162,16 @@ class WidthsConfig(Cut):
     restore: bool = Field(True, description="Refit the output projection to the dense output (least squares).")
     multiple_of: int = Field(64, gt=0, description="The number of FFN channels left is a multiple of this.")
 
-    @property
-    def takes_the_rest(self) -> bool:
-        """Whether neither a rate nor rates are given."""
-        return self.rate is None and self.rates is None
-
     @model_validator(mode="after")
-    def _one_amount(self) -> WidthsConfig:
-        if self.rate is not None and self.rates is not None:
-            raise ValueError("give at most one of 'rate' and 'rates'")
+    def _consistent(self) -> Self:
+        if len(set(self.of)) < len(self.of):
+            raise ValueError("'of' names a kind twice")
+        if self.rates is not None and set(self.rates) != set(self.of):
+            raise ValueError(f"'rates' are for {sorted(self.rates)}, and 'of' is {sorted(self.of)}")
         return self
 
 
-class RestoreConfig(Cut):
+class RestoreConfig(Amount):
     """Refit every FFN output projection in turn, so that the cut model's hidden states follow the dense model's."""
 
     stage: Literal["restore"] = "restore"

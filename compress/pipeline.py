@@ -141,7 +141,7 @@ def parameters_left(target: Target, spec: ModelSpec) -> int:
         return total - round(inside * (1 - target.block_params))
     if target.bytes is not None:
         return int(target.bytes / BYTES_PER_PARAMETER[target.precision])
-    amount = target.params or 0
+    amount = target.params or 0  # one is given, and the others are not
     return round(total * amount) if amount < 1 else int(amount)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -209,3 +209,29 @@ def test_a_target_that_the_stages_miss_is_told_with_the_nearest(tied: CausalLM) 
             target=Target(params=0.3),
             calibration=Calibration(sequences=2, sequence_length=32),
         )
+
+
+@pytest.mark.parametrize("variant", ["llama-tied", "llama-untied-biased", "phi3-untied"])
+def test_targets_count_what_transformers_counts(tiny: Callable[[str], Path], variant: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny(variant)
+    spec = load.load(str(folder)).spec
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    total = theirs.num_parameters()
+    inside = sum(parameter.numel() for parameter in theirs.model.layers.parameters())
+
+    def left(**fields: Any) -> int:
+        return pipeline.parameters_left(Target.model_validate(fields), spec)
+
+    assert left(params=0.75) == round(0.75 * total)
+    assert left(params=5000) == 5000
+    assert left(block_params=0.6) == total - round(0.4 * inside)
+    assert left(bytes="100kB") == 50_000
+    assert left(bytes="100kB", precision="fp32") == 25_000
+
+
+@pytest.mark.parametrize(("fields", "problem"), [({}, "give one of"), ({"params": 0.5, "bytes": 9}, "at most one of")])
+def test_a_target_is_one_amount(fields: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        Target.model_validate(fields)

@@ -354,3 +354,15 @@ def test_rates_are_asked_for_every_layer(tied: CausalLM, make_context: MakeConte
 def test_a_stage_has_a_rate_or_rates() -> None:
     with pytest.raises(ValueError, match="at most one of"):
         config_of(rate=0.1, rates={"ffn": (0.1,)})
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"rate": 0.1, "of": ("ffn", "ffn")}, "names a kind twice"),
+        ({"rates": {"ffn": (0.1,)}, "of": ("ffn", "heads")}, r"are for \['ffn'\], and 'of' is"),
+    ],
+)
+def test_kinds_and_their_rates_go_together(fields: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        config_of(**fields)
