@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,16 +19,18 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     Bfloat16 inputs lose nothing: their products are exact in float32 and are added up there, on the units that
     multiply bfloat16 where the processor has them. A product in bfloat16 would round the sums.
     """
-    if left.dtype == right.dtype == torch.bfloat16:
-        with _bfloat16_units():
-            return left.float().T @ right.float()
-    return left.float().T @ right.float()
+    exact = left.dtype == right.dtype == torch.bfloat16
+    first = left.float()
+    second = first if right is left else right.float()
+    with _bfloat16_units() if exact else nullcontext():
+        return first.T @ second
 
 
 def damped(gram: Tensor, damping: float = DAMPING) -> Tensor:
     """G + λI with λ as a share of G's mean diagonal."""
-    ridge = damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return gram + ridge
+    result = gram.clone()
+    result.diagonal().add_(damping * gram.diagonal().mean())
+    return result
 
 
 @contextmanager

@@ -157,7 +157,12 @@ def _check_target(model: CausalLM, context: Context) -> None:
         )
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """A torch device.
+
+    Raises:
+        UsageError: if torch cannot compute there.
+    """
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -168,12 +173,12 @@ def _device(name: str) -> torch.device:
 
 def _context(model: CausalLM, target: Target | None, calibration: Calibration, device: str, seed: int) -> Context:
     torch.manual_seed(seed)
-    place = _device(device)
+    place, text = device_named(device), corpus.sides(calibration.corpus)
     return Context(
         dense=model,
         calibration=calibration,
-        documents=corpus.load(calibration.corpus, "calibration"),
-        heldout=corpus.load(calibration.corpus, "heldout"),
+        documents=text["calibration"],
+        heldout=text["heldout"],
         target_parameters=parameters_left(target, model.spec) if target else None,
         device=place,
         dtype=compute_dtype(place),

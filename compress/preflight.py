@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
+import torch
 
 from flabc.errors import UsageError
 from flabc.spec import ModelSpec
@@ -17,9 +18,6 @@ from .walk import LOGIT_ROWS
 #: What Python, torch and transformers take by themselves.
 INTERPRETER_BYTES = 900 * 2**20
 
-#: Bytes of a number while computing: bfloat16 where there are units for it.
-COMPUTED = 2
-
 
 def streams(
     spec: ModelSpec,
@@ -27,6 +25,7 @@ def streams(
     stages: Sequence[Config],
     calibration: Calibration,
     *,
+    dtype: torch.dtype,
     memory: int | None,
     can_stream: bool,
 ) -> bool:
@@ -37,6 +36,7 @@ def streams(
         stored_bytes: of its weights.
         stages: what will be done.
         calibration: on how much text.
+        dtype: what is computed in.
         memory: bytes that may be used; what is free if None.
         can_stream: whether the weights are safetensors, which can be read one by one.
 
@@ -44,7 +44,7 @@ def streams(
         UsageError: if it does not suffice either way.
     """
     limit = memory or psutil.virtual_memory().available
-    work = workspace_bytes(spec, stages, calibration)
+    work = workspace_bytes(spec, stages, calibration, dtype)
     resident = 2 * stored_bytes + work  # the dense model and the cut one
     if resident <= limit:
         return False
@@ -59,26 +59,26 @@ def streams(
     )
 
 
-def workspace_bytes(spec: ModelSpec, stages: Sequence[Config], calibration: Calibration) -> int:
+def workspace_bytes(spec: ModelSpec, stages: Sequence[Config], calibration: Calibration, dtype: torch.dtype) -> int:
     """What the stages need at most beside the weights of a model that is not streamed.
 
     Two layers, both embeddings and a block of logits are always there; then either the states of all variants of a
     layers stage, or the inputs, states and normal equations of one projection.
     """
-    hidden, width = spec.hidden_size, max(layer.intermediate_size for layer in spec.layers)
-    one_layer = (spec.num_parameters - 2 * spec.vocab_size * hidden) // len(spec.layers)
-    always = COMPUTED * (2 * spec.vocab_size * hidden + 2 * max(one_layer, 3 * hidden * width))
+    computed, hidden, width = dtype.itemsize, spec.hidden_size, max(layer.intermediate_size for layer in spec.layers)
+    one_layer = max(sum(layer.values()) for layer in spec.layer_parameters())
+    always = computed * (2 * spec.vocab_size * hidden + 2 * one_layer)
     always += 3 * 4 * LOGIT_ROWS * spec.vocab_size
     tokens = calibration.sequences * calibration.sequence_length
-    needs = [tokens * hidden * COMPUTED]
+    needs = [tokens * hidden * computed]
     for stage in stages:
         if isinstance(stage, LayersConfig):
             sequences = min(stage.sequences, calibration.sequences)
-            needs.append((len(spec.layers) + 2) * sequences * calibration.sequence_length * hidden * COMPUTED)
+            needs.append((len(spec.layers) + 2) * sequences * calibration.sequence_length * hidden * computed)
         if isinstance(stage, WidthsConfig):
-            needs.append(tokens * hidden * 2 * COMPUTED + 6 * 4 * width**2)
+            needs.append(tokens * hidden * 2 * computed + 6 * 4 * width**2)
         if isinstance(stage, RestoreConfig):
-            states = tokens * hidden * (2 * COMPUTED + 3 * 4) + tokens * width * COMPUTED
+            states = tokens * hidden * (2 * computed + 3 * 4) + tokens * width * computed
             needs.append(states + 3 * 8 * width**2)
     return INTERPRETER_BYTES + always + max(needs)
 

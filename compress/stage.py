@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flabc.errors import CorpusError
 
+from .chat import before_user
 from .config import Calibration, Config
 from .data.corpus import Document
 from .model import CausalLM, TokenizerFiles
@@ -114,32 +115,16 @@ def openings(model: CausalLM) -> list[list[int]]:
     """
     tokenizer = encoder(model.tokenizer)
     config = {**model.config, **model.generation_config}
-    special = [config.get(key) for key in ("bos_token_id", "eos_token_id")]
-    first = next((index for found in special for index in _ids(found)), None)
-    chat = tokenizer.encode(_before_user(model.tokenizer), add_special_tokens=False).ids
-    return [[], *([[first]] if first is not None else []), *([chat] if chat else [])]
+    special = ids_in([config.get("bos_token_id"), config.get("eos_token_id")])[:1]
+    chat = tokenizer.encode(before_user(model.tokenizer), add_special_tokens=False).ids
+    return [[], *(opening for opening in (special, chat) if opening)]
 
 
-def _ids(found: Any) -> list[int]:
-    return found if isinstance(found, list) else [] if found is None else [found]
-
-
-def _before_user(files: TokenizerFiles) -> str:
-    """What the chat template says before the user's words."""
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    if files.chat_template is None:
-        return ""
-    special = {key: value for key, value in files.config.items() if key.endswith("_token")}
-    words = "words of a user"
-    try:
-        rendered: Any = render_jinja_template(
-            [[{"role": "user", "content": words}]], chat_template=files.chat_template, **special
-        )[0]
-    except TemplateError:  # the template wants more than a user's turn
-        return ""
-    return str(rendered[0].partition(words)[0])
+def ids_in(value: Any) -> list[int]:
+    """The token ids that a config's value holds: an id, a list of ids, or lists of them."""
+    if isinstance(value, list):
+        return [index for item in value for index in ids_in(item)]
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else []
 
 
 def sequences(

@@ -20,12 +20,13 @@ from flabc.console import progress
 from flabc.errors import StageError
 
 from .bpe import BytePairs
+from .chat import Messages, rendered
 from .config import VocabConfig
 from .data import corpus
 from .data.corpus import Document
 from .inflation import inflation, removed_mass
 from .model import CausalLM, TokenizerFiles, cut_vocab
-from .stage import Context, Plan, Stage, encoder
+from .stage import Context, Plan, Stage, encoder, ids_in
 from .subwords import Subwords
 from .unigram import Unigram
 
@@ -163,7 +164,7 @@ def must_keep(model: CausalLM, tokenizer: Tokenizer) -> set[int]:
     """Ids that stay whatever the corpus says: special and added tokens, ids in configs, the chat template's words."""
     keep = {entry["id"] for entry in model.tokenizer.tokenizer.get("added_tokens", [])}
     for config in (model.config, model.generation_config):
-        keep |= {index for key, value in config.items() if _ID_KEY.search(key) for index in _flat(value)}
+        keep |= {index for key, value in config.items() if _ID_KEY.search(key) for index in ids_in(value)}
     unknown = model.tokenizer.tokenizer["model"].get("unk_token")  # a Unigram's is among its symbols
     if unknown is not None and (index := tokenizer.token_to_id(unknown)) is not None:
         keep.add(index)
@@ -174,34 +175,19 @@ def must_keep(model: CausalLM, tokenizer: Tokenizer) -> set[int]:
 
 def template_texts(files: TokenizerFiles) -> list[str]:
     """What the chat template emits around short messages: with and without a system message, and with a tool."""
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    if files.chat_template is None:
-        return []
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}
-    special = {key: value for key, value in files.config.items() if key.endswith("_token")}
-    texts: list[str] = []
-    conversations: list[tuple[list[Any], list[Any] | None]] = [
+    conversations: list[tuple[Messages, list[Any] | None]] = [
         (turns, None),
         ([{"role": "system", "content": "s"}, *turns], None),
         (turns, [tool]),
     ]
-    for messages, tools in conversations:
-        for prompt in (False, True):
-            try:
-                rendered: Any = render_jinja_template(
-                    [messages],
-                    tools=tools,
-                    chat_template=files.chat_template,
-                    add_generation_prompt=prompt,
-                    **special,
-                )[0]
-            except TemplateError:  # a template may refuse a role: then it never emits it
-                continue
-            texts += rendered
-    return texts
+    texts = [
+        rendered(files, messages, tools=tools, prompt=prompt)
+        for messages, tools in conversations
+        for prompt in (False, True)
+    ]
+    return [text for text in texts if text is not None]  # a template may refuse a role: then it never emits it
 
 
 def remap_tokenizer(files: TokenizerFiles, keep: Sequence[int]) -> TokenizerFiles:
@@ -258,12 +244,6 @@ def _remap_post_processor(processor: dict[str, Any] | None, new_ids: Mapping[int
         if key in processor:
             token, old = processor[key]
             processor[key] = [token, new_ids[old]]
-
-
-def _flat(value: Any) -> Iterable[int]:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return [value]
-    return [index for item in value for index in _flat(item)] if isinstance(value, list) else []
 
 
 def _mapped(value: Any, new_ids: Mapping[int, int]) -> Any:

@@ -186,16 +186,18 @@ class _Ear:
 
     def _hear(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].flatten(0, -2)  # (tokens, F)
-        if self.gram is not None:
+        if self.gram is None:
+            self.square += x.float().square().sum(0)
+        else:
             self.gram += product(x, x)
-        self.square += x.float().square().sum(0)
         self.total += x.sum(0, dtype=torch.float32)
         self.tokens += len(x)
 
     def heard(self) -> Heard:
         """What it was, and stop listening."""
         self.handle.remove()
-        return Heard(self.weight, self.square, self.total, self.tokens, self.unit, self.gram)
+        square = self.square if self.gram is None else self.gram.diagonal()
+        return Heard(self.weight, square, self.total, self.tokens, self.unit, self.gram)
 
 
 def output_error(dense: Tensor, cut: Tensor, keep: Tensor, gram: Tensor) -> float:

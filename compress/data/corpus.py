@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from flabc.errors import CorpusError
@@ -16,7 +17,7 @@ from flabc.errors import CorpusError
 from . import source
 from .source import CORPORA
 
-__all__ = ["CORPORA", "Document", "Split", "fingerprint", "load", "names_of", "stream"]
+__all__ = ["CORPORA", "Document", "Split", "fingerprint", "load", "names_of", "sides", "stream"]
 
 Split = Literal["calibration", "heldout"]
 
@@ -35,7 +36,7 @@ class Document:
     text: str
     corpus: str = ""
 
-    @property
+    @cached_property
     def digest(self) -> bytes:
         """The sha256 of the text."""
         return hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).digest()
@@ -64,38 +65,42 @@ def stream(corpora: str | Sequence[str], split: Split) -> Iterator[Document]:
     """
     for corpus in names_of(corpora):
         found = False
-        for name, text in source.read(corpus):
-            document = Document(name, text, corpus)
+        for document in _documents(corpus):
             if document.split == split:
                 found = True
                 yield document
-        if not found:
-            raise CorpusError(
-                f"The corpus {corpus!r} has no {split} text.",
-                expected="UTF-8 text; one document in five is held out, by the hash of its content",
-                fix="Give a larger folder.",
-            )
+        _check_found(corpus, split, found)
 
 
 def load(corpora: str | Sequence[str], split: Split) -> list[Document]:
-    """One side of one corpus or several, in memory: the first ``HELD_CHARACTERS`` of each.
+    """One of the ``sides``."""
+    return sides(corpora, (split,))[split]
+
+
+def sides(
+    corpora: str | Sequence[str], wanted: Sequence[Split] = ("calibration", "heldout")
+) -> dict[Split, list[Document]]:
+    """Sides of one corpus or several, in memory, by one reading: the first ``HELD_CHARACTERS`` of each.
 
     Returns:
-        the documents, ordered by their hash, so that a prefix is a sample of the whole.
+        the documents of each side, ordered by their hash, so that a prefix is a sample of the whole.
 
     Raises:
         UnknownNameError: see ``stream``.
         CorpusError: see ``stream``.
     """
-    documents: list[Document] = []
+    documents: dict[Split, list[Document]] = {split: [] for split in wanted}
     for corpus in names_of(corpora):
-        held = 0
-        for document in stream(corpus, split):
-            documents.append(document)
-            held += len(document.text)
-            if held >= HELD_CHARACTERS:
+        held = dict.fromkeys(wanted, 0)
+        for document in _documents(corpus):
+            if held.get(document.split, HELD_CHARACTERS) < HELD_CHARACTERS:
+                documents[document.split].append(document)
+                held[document.split] += len(document.text)
+            if min(held.values()) >= HELD_CHARACTERS:
                 break
-    return sorted(documents, key=lambda document: document.digest[::-1])
+        for split, characters in held.items():
+            _check_found(corpus, split, characters > 0)
+    return {split: sorted(found, key=lambda document: document.digest[::-1]) for split, found in documents.items()}
 
 
 def fingerprint(documents: Sequence[Document]) -> str:
@@ -104,3 +109,16 @@ def fingerprint(documents: Sequence[Document]) -> str:
     for document in documents:
         whole.update(document.digest)
     return whole.hexdigest()
+
+
+def _documents(corpus: str) -> Iterator[Document]:
+    return (Document(name, text, corpus) for name, text in source.read(corpus))
+
+
+def _check_found(corpus: str, split: Split, found: bool) -> None:
+    if not found:
+        raise CorpusError(
+            f"The corpus {corpus!r} has no {split} text.",
+            expected="UTF-8 text; one document in five is held out, by the hash of its content",
+            fix="Give a larger folder.",
+        )

@@ -33,6 +33,7 @@ from flabc.runtime.measure.result import BenchResult, Workload
 from flabc.spec import BYTES_PER_PARAMETER, ModelSpec
 
 if TYPE_CHECKING:
+    from flabc.compress.model import CausalLM
     from flabc.perf.evaluation import EvalResult, EvalSide
 
 __all__ = [
@@ -221,23 +222,12 @@ def compress(
         artifact.check_free(output, force=force)
     require("torch", "compress")
     require("transformers", "compress")
-    from flabc.compress import card, checkpoint, load, pipeline, preflight
+    from flabc.compress import load, pipeline
 
-    location = load.locate(model)
-    spec = ModelSpec.from_config(load.read_config(location))
-    size = load.stored_bytes(location, spec, pickled=allow_pickle)
-    stream = preflight.streams(
-        spec,
-        size,
-        parsed.stages,
-        parsed.calibration,
-        memory=memory,
-        can_stream=load.can_stream(location),
-    )
-    if output is not None:
-        preflight.check_disk(Path(output), size, scratch=stream)
-    content = parsed.model_dump(mode="json")
-    with tempfile.TemporaryDirectory(prefix="flabc-", dir=_beside(output)) as scratch:
+    stream = _checked(model, parsed, output, device, memory=memory, allow_pickle=allow_pickle)
+    # What a streamed model puts aside lies on the disk of the output, which was asked for room.
+    beside = None if output is None else next(folder for folder in Path(output).absolute().parents if folder.exists())
+    with tempfile.TemporaryDirectory(prefix="flabc-", dir=beside) as scratch:
         dense = load.load(model, tie=tie, stream=stream, pickled=allow_pickle)
         cut, receipts, quality = pipeline.run(
             dense,
@@ -248,35 +238,59 @@ def compress(
             seed=seed,
             scratch=Path(scratch) if stream else None,
         )
-        stages = [receipt.as_dict() for receipt in receipts]
-        if output is not None:
-            with artifact.create(output, "checkpoint", force=force) as draft:
-                checkpoint.write(cut, draft.path)
-                card.write(
-                    draft.path,
-                    dense.spec,
-                    cut.spec,
-                    origin=cut.layer_origin,
-                    source=dense.source.name,
-                    recipe=content,
-                    stages=stages,
-                    quality=quality["heldout_bits_per_byte"],
-                )
-                draft.spec, draft.recipe, draft.source, draft.seed = cut.spec, content, dense.source, seed
-                draft.receipts = {"stages": stages, "quality": quality}
-    return Compressed(
-        path=None if output is None else Path(output),
-        recipe=content,
-        dense=dense.spec,
-        spec=cut.spec,
-        stages=stages,
-        quality=quality,
+        done = Compressed(
+            path=None if output is None else Path(output),
+            recipe=parsed.model_dump(mode="json"),
+            dense=dense.spec,
+            spec=cut.spec,
+            stages=[receipt.as_dict() for receipt in receipts],
+            quality=quality,
+        )
+        if done.path is not None:
+            _write_checkpoint(cut, done, done.path, seed, force=force)
+    return done
+
+
+def _checked(
+    model: str, recipe: Recipe, output: str | Path | None, device: str, *, memory: int | None, allow_pickle: bool
+) -> bool:
+    """Make sure that memory and disk suffice; whether the weights have to stay on disk for that."""
+    from flabc.compress import load, pipeline, preflight
+
+    location = load.locate(model)
+    spec = ModelSpec.from_config(load.read_config(location))
+    size = load.stored_bytes(location, spec, pickled=allow_pickle)
+    stream = preflight.streams(
+        spec,
+        size,
+        recipe.stages,
+        recipe.calibration,
+        dtype=pipeline.compute_dtype(pipeline.device_named(device)),
+        memory=memory,
+        can_stream=load.can_stream(location),
     )
+    if output is not None:
+        preflight.check_disk(Path(output), size, scratch=stream)
+    return stream
 
 
-def _beside(output: str | Path | None) -> Path | None:
-    """Where to put things aside: on the disk of the output, which was asked for room; None for the usual place."""
-    return None if output is None else next(folder for folder in Path(output).absolute().parents if folder.exists())
+def _write_checkpoint(cut: CausalLM, done: Compressed, output: Path, seed: int, *, force: bool) -> None:
+    from flabc.compress import card, checkpoint
+
+    with artifact.create(output, "checkpoint", force=force) as draft:
+        checkpoint.write(cut, draft.path)
+        card.write(
+            draft.path,
+            done.dense,
+            done.spec,
+            origin=cut.layer_origin,
+            source=cut.source.name,
+            recipe=done.recipe,
+            stages=done.stages,
+            quality=done.quality["heldout_bits_per_byte"],
+        )
+        draft.spec, draft.recipe, draft.source, draft.seed = done.spec, done.recipe, cut.source, seed
+        draft.receipts = {"stages": done.stages, "quality": done.quality}
 
 
 def export(

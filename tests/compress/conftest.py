@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,3 +137,14 @@ def smollm() -> CausalLM:
     """SmolLM2-135M as flabc reads it."""
     pytest.importorskip("gguf")
     return load.load("smollm2-135m")
+
+
+@torch.no_grad()
+def received(theirs: Any, modules: Sequence[torch.nn.Module], tokens: torch.Tensor) -> list[torch.Tensor]:
+    """What transformers hands to each of these modules, in the order in which they run."""
+    caught: list[torch.Tensor] = []
+    hooks = [module.register_forward_pre_hook(lambda _, args: caught.append(args[0])) for module in modules]
+    theirs(tokens, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return caught

@@ -18,6 +18,8 @@ from flabc.compress.config import LayersConfig
 from flabc.compress.model import CausalLM
 from flabc.compress.stage import Context
 
+from .conftest import received
+
 MakeContext = Callable[..., Context]
 
 
@@ -94,16 +96,9 @@ def test_a_cut_model_saved_loads_with_transformers_as_the_model_without_the_laye
     assert torch.equal(log_probs(loaded.eval(), tokens), log_probs(with_layers(theirs, list(made.keep)), tokens))
 
 
-@torch.no_grad()
 def residuals(theirs: Any, tokens: Tensor) -> list[Tensor]:
     """The stream before each layer and after the last, without the final norm."""
-    seen: list[Tensor] = []
-    hooks = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for layer in theirs.model.layers]
-    hooks.append(theirs.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0])))
-    theirs(tokens, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return seen
+    return received(theirs, [*theirs.model.layers, theirs.model.norm], tokens)
 
 
 def turn(before: Tensor, after: Tensor) -> float:
@@ -149,10 +144,9 @@ def test_the_turn_of_a_sub_block_is_that_of_its_own_residual(
 ) -> None:
     ours, theirs = one_pair
     context = make_context(ours)
-    between: list[Tensor] = []
-    for layer in theirs.model.layers:
-        layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: between.append(args[0]))
-    stream = residuals(theirs, context.tokens(ours)[:4])
+    tokens = context.tokens(ours)[:4]
+    between = received(theirs, [layer.post_attention_layernorm for layer in theirs.model.layers], tokens)
+    stream = residuals(theirs, tokens)
     costs = {(layer, "attention"): turn(stream[layer], between[layer]) for layer in range(3)}
     costs |= {(layer, "ffn"): turn(between[layer], stream[layer + 1]) for layer in range(3)}
     config = layers_config(count=1, criterion="bi", parts="sub_blocks", sequences=4)

@@ -195,10 +195,10 @@ def test_a_model_can_be_cut_again(tied: CausalLM, calibration: Calibration, ran:
 
 def test_a_device_that_torch_lacks_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="nonsense"):
-        pipeline._device("nonsense")
+        pipeline.device_named("nonsense")
     if not torch.cuda.is_available():
         with pytest.raises(UsageError, match="cuda"):
-            pipeline._device("cuda")
+            pipeline.device_named("cuda")
 
 
 def test_a_target_that_the_stages_miss_is_told_with_the_nearest(tied: CausalLM) -> None:

@@ -124,9 +124,10 @@ def test_weights_stay_on_disk_where_memory_does_not_suffice(tiny: Callable[[str]
 
     spec = ModelSpec.from_config(load.read_config(load.locate(str(tiny("llama-tied")))))
     stages, calibration = [VocabConfig()], Calibration()
-    work = workspace_bytes(spec, stages, calibration)
+    work = workspace_bytes(spec, stages, calibration, torch.float32)
     big = 10 * 2**30
-    asked = {"stages": stages, "calibration": calibration}
+    asked = {"stages": stages, "calibration": calibration, "dtype": torch.float32}
+    assert work > workspace_bytes(spec, stages, calibration, torch.bfloat16)
     assert streams(spec, big, memory=work + big, can_stream=True, **asked)  # type: ignore[arg-type]
     assert not streams(spec, big, memory=work + 2 * big, can_stream=True, **asked)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="convert the model to safetensors"):

@@ -24,6 +24,8 @@ from flabc.compress.stage import Context
 from flabc.compress.walk import Walk, dense_variant
 from flabc.errors import StageError
 
+from .conftest import received
+
 MakeContext = Callable[..., Context]
 
 #: Which channels of each tiny layer stay in the tests of the cut itself: the same number, different ones.
@@ -72,16 +74,10 @@ def saved(model: CausalLM, folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
 
 
-@torch.no_grad()
-def projection_inputs(theirs: Any, tokens: Tensor) -> list[Tensor]:
-    """What transformers sends into each layer's down projection, (tokens, F)."""
-    caught: list[Tensor] = []
-    modules = [layer.mlp.down_proj for layer in theirs.model.layers]
-    hooks = [m.register_forward_pre_hook(lambda _, x: caught.append(x[0].flatten(0, 1))) for m in modules]
-    theirs(tokens, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return caught
+def projection_inputs(theirs: Any, tokens: Tensor, role: str = "mlp.down_proj") -> list[Tensor]:
+    """What transformers sends into each layer's projection, (tokens, F)."""
+    modules = [layer.get_submodule(role) for layer in theirs.model.layers]
+    return [inputs.flatten(0, 1) for inputs in received(theirs, modules, tokens)]
 
 
 def test_a_cut_model_is_the_dense_model_with_the_channels_zeroed(pair: tuple[CausalLM, Any], tmp_path: Path) -> None:
@@ -301,10 +297,7 @@ def test_what_heads_are_heard_to_say_is_what_transformers_hooks_hear(
 ) -> None:
     ours, theirs = pair
     context = make_context(ours)
-    caught: list[Tensor] = []
-    for layer in theirs.model.layers:
-        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, x: caught.append(x[0].detach().flatten(0, 1)))
-    logits(theirs, context.tokens(ours))
+    caught = projection_inputs(theirs, context.tokens(ours), "self_attn.o_proj")
     heard = heard_by(ours, context, "heads")
     for layer, x in enumerate(caught):
         assert heard[layer].unit == theirs.config.num_attention_heads // theirs.config.num_key_value_heads * 16
