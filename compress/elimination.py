@@ -30,16 +30,18 @@ def costs(weight: Tensor, gram: Tensor, unit: int) -> Tensor:
         the order of the costs is the order of going.
     """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram)))
-    live = torch.arange(len(gram) // unit, device=gram.device)
-    found, spent = weight.new_zeros(len(live)), 0.0
-    stride = max(1, round(len(live) * STRIDE))
-    while len(live):
-        errors = _errors(weight, inverse, unit)
-        going = errors.topk(min(stride, len(live)), largest=False).indices
+    weight = weight.clone()
+    units = len(gram) // unit
+    found, spent = weight.new_full((units,), torch.inf), 0.0
+    stride = max(1, round(units * STRIDE))
+    for done in range(0, units, stride):
+        errors = _errors(weight, inverse, unit).where(found.isinf(), torch.inf)
+        going = errors.topk(min(stride, units - done), largest=False).indices
         spent = max(spent, float(errors[going].mean()))
         # A millionth between those that go at once, so that their order is kept.
-        found[live[going]] = spent * (1 + 1e-6 * torch.arange(len(going), device=found.device))
-        weight, inverse, live = _without(going, weight, inverse, live, unit)
+        found[going] = spent * (1 + 1e-6 * torch.arange(len(going), device=found.device))
+        inputs = (going[:, None] * unit + torch.arange(unit, device=going.device)).flatten()
+        _remove(inputs, weight, inverse)
     return found
 
 
@@ -55,13 +57,17 @@ def _errors(weight: Tensor, inverse: Tensor, unit: int) -> Tensor:
     return errors
 
 
-def _without(going: Tensor, weight: Tensor, inverse: Tensor, live: Tensor, unit: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights, inverse and numbers of the units that are left, after these went and the rest made up for them."""
-    stays = torch.ones_like(live, dtype=torch.bool)
-    stays[going] = False
-    inputs = stays.repeat_interleave(unit)
-    gone, kept = (~inputs).nonzero()[:, 0], inputs.nonzero()[:, 0]
-    between = torch.linalg.solve(inverse[gone][:, gone].double(), inverse[gone][:, kept].double()).to(inverse.dtype)
-    weight = torch.addmm(weight[:, kept], weight[:, gone], between, alpha=-1)
-    inverse = torch.addmm(inverse[kept][:, kept], inverse[kept][:, gone], between, alpha=-1)
-    return weight, inverse, live[stays]
+def _remove(inputs: Tensor, weight: Tensor, inverse: Tensor) -> None:
+    """Take inputs out, in place: the weights of the others make up for them, the inverse forgets them.
+
+    In place and without moving what is left together: copies of the inverse would cost more than its zeros do.
+    """
+    rows = inverse[inputs]  # (gone, F)
+    between = torch.linalg.solve(rows[:, inputs].double(), rows.double()).to(inverse.dtype)
+    weight.addmm_(weight[:, inputs], between, alpha=-1)
+    inverse.addmm_(rows.T, between, alpha=-1)
+    # What is nought but for rounding is made nought; the ones keep the blocks of those that went positive definite.
+    inverse[inputs] = 0
+    inverse[:, inputs] = 0
+    inverse[inputs, inputs] = 1
+    weight[:, inputs] = 0

@@ -22,7 +22,7 @@ from .data.corpus import Document
 from .layers import LAYERS
 from .model import CausalLM, check_weights
 from .restore import RESTORE
-from .stage import Context, Stage, encoder
+from .stage import Context, Stage, before_text, encoder
 from .vocab import VOCAB
 from .walk import Walk, dense_variant
 from .widths import WIDTHS
@@ -121,15 +121,16 @@ def bits_per_byte(model: CausalLM, context: Context) -> float:
     enough = [d for d in context.heldout if len(d.text) > 3 * CHECKED_LENGTH]
     texts = [Document(d.name, d.text[: 3 * CHECKED_LENGTH]) for d in enough or context.heldout]
     tokenizer = encoder(model.tokenizer)
+    before = before_text(tokenizer) or tokenizer.encode("\n").ids
     nats = weight = 0.0
     for document in texts[:CHECKED_WINDOWS]:
         ids = tokenizer.encode(document.text, add_special_tokens=False).ids
-        walk = Walk(model, torch.tensor([ids]), context.device, context.dtype)
+        walk = Walk(model, torch.tensor([[*before, *ids]]), context.device, context.dtype)
         variant = dense_variant(model.spec)
-        for group in walk.readouts(walk.run([variant])):
-            readout = group[variant]
-            nats -= float(readout.log_probs.gather(-1, readout.targets[:, None]).sum())
-        weight += len(document.text.encode()) - len(tokenizer.decode(ids[:1]).encode())
+        read = (group[variant] for group in walk.readouts(walk.run([variant])))
+        found = torch.cat([each.log_probs.gather(-1, each.targets[:, None]) for each in read])
+        nats -= float(found[len(before) - 1 :].sum())
+        weight += len(document.text.encode())
     return round(nats / log(2) / max(1.0, weight), 5)
 
 

@@ -17,14 +17,11 @@ from flabc.console import progress
 from flabc.errors import StageError
 
 from .config import RestoreConfig
-from .gram import DAMPING, damped, product
+from .gram import DAMPING, Gram, damped, pieces
 from .model import CausalLM, cut_vocab
 from .stage import Context, Plan, Stage
 from .stored import Weight
 from .walk import WHOLE, Walk
-
-#: Tokens whose inputs are held in float32 at once.
-TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -116,13 +113,12 @@ def explain(gap: Tensor, inputs: Tensor, damping: float) -> Tensor:
     Returns:
         Δ, (D, F), float32.
     """
-    gram = torch.zeros(inputs.shape[1], inputs.shape[1], device=inputs.device)
+    gram = Gram(inputs.shape[1], inputs.device)
+    gram.add(inputs)
     right = torch.zeros(inputs.shape[1], gap.shape[1], device=inputs.device)
-    # In pieces: a float32 copy of all inputs is what this stage would otherwise spend most of its time on.
-    for part, lacking in zip(inputs.split(TOKENS), gap.split(TOKENS), strict=True):  # type: ignore[no-untyped-call]
-        gram += product(part, part)
-        right += product(part, lacking)
-    return _solve(gram.double(), right.double(), damping).T.float()
+    for part, lacking in zip(pieces(inputs), pieces(gap), strict=True):
+        right.addmm_(part.T, lacking)
+    return _solve(gram.matrix().double(), right.double(), damping).T.float()
 
 
 def refit(weight: Tensor, gram: Tensor, keep: Tensor, damping: float = DAMPING) -> Tensor:

@@ -107,24 +107,21 @@ def encoder(files: TokenizerFiles) -> Tokenizer:
 
 
 def openings(model: CausalLM) -> list[list[int]]:
-    """The ways in which a sequence begins where the model serves: with text, a special token, or the chat template.
+    """The ways in which a sequence begins where the model serves: as its tokenizer begins a text, or with a chat.
 
     The first token gathers attention and activations a hundred times those of others (Xiao et al., 2023, "attention
     sinks"). A model that is cut and refitted on text alone loses that state for the tokens it never saw there, and
-    with it every sequence that begins with one.
+    with it every sequence that begins with one. Beginnings that are not served get nothing of the fit.
     """
     tokenizer = encoder(model.tokenizer)
-    config = {**model.config, **model.generation_config}
-    special = ids_in([config.get("bos_token_id"), config.get("eos_token_id")])[:1]
     chat = tokenizer.encode(before_user(model.tokenizer), add_special_tokens=False).ids
-    return [[], *(opening for opening in (special, chat) if opening)]
+    return [before_text(tokenizer), *([chat] if chat else [])]
 
 
-def ids_in(value: Any) -> list[int]:
-    """The token ids that a config's value holds: an id, a list of ids, or lists of them."""
-    if isinstance(value, list):
-        return [index for item in value for index in ids_in(item)]
-    return [value] if isinstance(value, int) and not isinstance(value, bool) else []
+def before_text(tokenizer: Tokenizer) -> list[int]:
+    """The ids that a tokenizer itself puts before every text: a beginning-of-sequence token, or nothing."""
+    text = tokenizer.encode("a")
+    return list(text.ids[: text.special_tokens_mask.index(0)])
 
 
 def sequences(
@@ -138,7 +135,8 @@ def sequences(
     """``count`` windows of ``length`` tokens, each from one document, the documents drawn by their size.
 
     Of several corpora each gives as many windows as the others, in turn; so do the openings, which stand before the
-    text of a window.
+    text of a window; each stands as often before the beginning of a document as before its middle, since what a
+    window begins with decides how its first token becomes an attention sink.
 
     Raises:
         CorpusError: if one has not so many documents that are long enough.
@@ -146,7 +144,7 @@ def sequences(
     corpora = list(dict.fromkeys(sorted(document.corpus for document in documents))) or [""]
     shares = [len(range(at, count, len(corpora))) for at in range(len(corpora))]
     drawn = [
-        _windows(tokenizer, [d for d in documents if d.corpus == corpus], share, length, seed)
+        _windows(tokenizer, [d for d in documents if d.corpus == corpus], share, length, seed, len(openings))
         for corpus, share in zip(corpora, shares, strict=True)
         if share
     ]
@@ -157,9 +155,9 @@ def sequences(
 
 
 def _windows(
-    tokenizer: Tokenizer, documents: Sequence[Document], count: int, length: int, seed: int
+    tokenizer: Tokenizer, documents: Sequence[Document], count: int, length: int, seed: int, turns: int
 ) -> list[list[int]]:
-    """Windows of one corpus.
+    """Windows of one corpus: ``turns`` of them from the beginning of their documents, as many from anywhere, again.
 
     Raises:
         CorpusError: if not so many documents are long enough.
@@ -173,7 +171,7 @@ def _windows(
     for index in rng.choice(len(sizes), len(sizes), replace=False, p=weights) if len(sizes) else ():
         ids = tokenizer.encode(long_enough[index].text, add_special_tokens=False).ids
         if len(ids) >= length:
-            start = int(rng.integers(0, len(ids) - length + 1))
+            start = int(rng.integers(0, len(ids) - length + 1)) * (len(windows) // turns % 2)
             windows.append(ids[start : start + length])
         if len(windows) == count:
             return windows

@@ -26,7 +26,7 @@ from .data import corpus
 from .data.corpus import Document
 from .inflation import inflation, removed_mass
 from .model import CausalLM, TokenizerFiles, cut_vocab
-from .stage import Context, Plan, Stage, encoder, ids_in
+from .stage import Context, Plan, Stage, encoder
 from .subwords import Subwords
 from .unigram import Unigram
 
@@ -164,7 +164,7 @@ def must_keep(model: CausalLM, tokenizer: Tokenizer) -> set[int]:
     """Ids that stay whatever the corpus says: special and added tokens, ids in configs, the chat template's words."""
     keep = {entry["id"] for entry in model.tokenizer.tokenizer.get("added_tokens", [])}
     for config in (model.config, model.generation_config):
-        keep |= {index for key, value in config.items() if _ID_KEY.search(key) for index in ids_in(value)}
+        keep |= {index for key, value in config.items() if _ID_KEY.search(key) for index in _ids_in(value)}
     unknown = model.tokenizer.tokenizer["model"].get("unk_token")  # a Unigram's is among its symbols
     if unknown is not None and (index := tokenizer.token_to_id(unknown)) is not None:
         keep.add(index)
@@ -250,3 +250,10 @@ def _mapped(value: Any, new_ids: Mapping[int, int]) -> Any:
     if isinstance(value, list):
         return [_mapped(item, new_ids) for item in value]
     return new_ids.get(value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _ids_in(value: Any) -> list[int]:
+    """The token ids that a config's value holds: an id, a list of ids, or lists of them."""
+    if isinstance(value, list):
+        return [index for item in value for index in _ids_in(item)]
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else []

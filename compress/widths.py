@@ -19,7 +19,7 @@ from flabc.spec import LayerSpec
 
 from .allocate import ALLOCATIONS, Pool
 from .config import WidthsConfig
-from .gram import product
+from .gram import Gram
 from .model import CausalLM, cut_channels, cut_heads
 from .restore import refit
 from .score import SCORES, Heard
@@ -179,7 +179,7 @@ class _Ear:
         size = self.weight.shape[1]
         self.unit = size // KINDS[name].units(model.spec.layers[layer])
         self.square, self.total = torch.zeros(2, size, device=device)
-        self.gram = torch.zeros(size, size, device=device) if gram else None
+        self.gram = Gram(size, device) if gram else None
         self.tokens = 0
         owner = module.get_submodule(model.inner_name(role, layer).removesuffix(".weight"))
         self.handle = owner.register_forward_pre_hook(self._hear)
@@ -189,15 +189,16 @@ class _Ear:
         if self.gram is None:
             self.square += x.float().square().sum(0)
         else:
-            self.gram += product(x, x)
+            self.gram.add(x)
         self.total += x.sum(0, dtype=torch.float32)
         self.tokens += len(x)
 
     def heard(self) -> Heard:
         """What it was, and stop listening."""
         self.handle.remove()
-        square = self.square if self.gram is None else self.gram.diagonal()
-        return Heard(self.weight, square, self.total, self.tokens, self.unit, self.gram)
+        gram = self.gram.matrix() if self.gram else None
+        square = self.square if gram is None else gram.diagonal()
+        return Heard(self.weight, square, self.total, self.tokens, self.unit, gram)
 
 
 def output_error(dense: Tensor, cut: Tensor, keep: Tensor, gram: Tensor) -> float:

@@ -28,7 +28,7 @@ class TextCodec:
         generation = _read_json(folder / "generation_config.json") or _read_json(folder / "config.json")
         self.eos_ids = frozenset(_ids(generation.get("eos_token_id")))
         bos = _ids(generation.get("bos_token_id"))
-        #: What stands before a text whose every token is to be scored (as lm-evaluation-harness has it).
+        #: What lm-evaluation-harness puts before a text without context.
         self.prefix_id: int | None = next(iter([*bos, *sorted(self.eos_ids)]), None)
         template = folder / "chat_template.jinja"
         self.chat_template = template.read_text(encoding="utf-8") if template.is_file() else None
@@ -42,6 +42,11 @@ class TextCodec:
         """Token ids of a text and nothing else."""
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+    def before_text(self) -> list[int]:
+        """The ids that the tokenizer itself puts before every text: a beginning-of-sequence token, or nothing."""
+        encoding = self.tokenizer.encode("a")
+        return list(encoding.ids[: encoding.special_tokens_mask.index(0)])
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""

@@ -15,7 +15,7 @@ from flabc.runtime.backend import Logits
 from flabc.runtime.session import Session
 from flabc.runtime.text import TextCodec
 
-from .perplexity import prefixed, window_of, windows
+from .perplexity import opening, window_of, windows
 
 #: Positions compared at once: the dense logits of a large vocabulary take 600 KB each.
 _POSITIONS = 128
@@ -43,10 +43,12 @@ class Divergence:
             ``kl_nats``; ``outside``, the dense model's probability of tokens that the subject lacks; ``agree``, how
             often both find the same token the most likely; ``positions``.
         """
-        ids = np.array(prefixed(self._subject.codec, text), np.int64)
+        codec = self._subject.codec
+        before = opening(codec)
+        ids = np.array([*before, *codec.encode_plain(text)], np.int64)
         sums = {"kl_nats": 0.0, "outside": 0.0, "agree": 0.0, "positions": 0.0}
         window, stride = min(window_of(self._dense.backend), window_of(self._subject.backend))
-        for span, new in windows(len(ids), window, stride):
+        for span, new in windows(len(ids), window, stride, given=len(before)):
             part = ids[span][None]  # (1, S)
             found = self._subject.backend.score(part)[0, -new - 1 : -1]
             expected = self._dense.backend.score(self._map[part])[0, -new - 1 : -1]

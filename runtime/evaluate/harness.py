@@ -129,8 +129,9 @@ def language_model(session: Session) -> Any:
             return session.codec.render(chat_history, add_generation_prompt=add_generation_prompt)
 
         def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-            """Log-likelihood of whole texts, in nats."""
-            return [-score_text(session.backend, session.codec, request.args[0])[0] for request in requests]
+            """Log-likelihood of whole texts, in nats, behind the harness's own prefix."""
+            before = [self.prefix_token_id]
+            return [-score_text(session.backend, session.codec, request.args[0], before)[0] for request in requests]
 
         def _loglikelihood_tokens(self, requests: Sequence[_Pair], **_: Any) -> list[tuple[float, bool]]:
             return _likelihoods(session, requests)

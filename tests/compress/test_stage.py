@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from flabc.compress.data.corpus import Document
 from flabc.compress.model import CausalLM
@@ -19,24 +21,27 @@ def test_sequences_begin_as_they_do_where_the_model_serves(
 ) -> None:
     from transformers import AutoTokenizer
 
-    plain, special, chat = openings(tied)
+    plain, chat = openings(tied)
     assert plain == []
-    assert special == [tied.config["bos_token_id"]]
     theirs = AutoTokenizer.from_pretrained(any_tiny)
     prompt = theirs.apply_chat_template([{"role": "user", "content": "q"}])["input_ids"]
     assert chat
     assert prompt[: len(chat)] == chat
     begins = [row.tolist() for row in make_context(tied, sequences=6).tokens(tied)]
     for at, row in enumerate(begins):
-        opening = (plain, special, chat)[at % 3]
+        opening = (plain, chat)[at % 2]
         assert row[: len(opening)] == opening
         assert len(row) == 48
-    assert begins[0][0] not in (special[0], chat[0])
+    assert begins[0][0] != chat[0]
 
 
-def test_a_model_without_special_tokens_or_a_template_begins_with_text(tied: CausalLM) -> None:
-    bare = replace(tied, config={}, generation_config={}, tokenizer=replace(tied.tokenizer, chat_template=None))
-    assert openings(bare) == [[]]
+def test_text_begins_with_what_its_tokenizer_puts_there(tied: CausalLM) -> None:
+    token, index = "<|endoftext|>", tied.config["eos_token_id"]
+    tokenizer = encoder(tied.tokenizer)
+    tokenizer.post_processor = TemplateProcessing(single=f"{token} $A", special_tokens=[(token, index)])
+    files = replace(tied.tokenizer, tokenizer=json.loads(tokenizer.to_str()), chat_template=None)
+    assert openings(replace(tied, tokenizer=files)) == [[index]]
+    assert openings(replace(tied, tokenizer=replace(tied.tokenizer, chat_template=None))) == [[]]
 
 
 def test_corpora_and_openings_take_turns_independently(tied: CausalLM) -> None:

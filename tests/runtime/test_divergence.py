@@ -10,7 +10,7 @@ import torch
 
 from flabc.errors import EngineError
 from flabc.runtime.evaluate.divergence import Divergence, shared_ids
-from flabc.runtime.evaluate.perplexity import prefixed
+from flabc.runtime.evaluate.perplexity import opening
 from flabc.runtime.session import Session
 
 TEXT = "class Point:\n    def __init__(self, x: int) -> None:\n        self.x = x\n" * 12
@@ -23,7 +23,7 @@ def test_kl_is_torchs_over_the_tokens_that_both_have(tiny_engine: Path, tiny_den
 
     names = {index: token for token, index in pruned.codec.tokenizer.get_vocab().items()}
     to_dense = [dense.codec.tokenizer.token_to_id(names[index]) for index in range(len(names))]
-    ids = prefixed(pruned.codec, TEXT)
+    ids = [*opening(pruned.codec), *pruned.codec.encode_plain(TEXT)]
     q = torch.tensor(pruned.backend.score(np.array([ids])))[0, :-1, : len(names)].double().log_softmax(-1)
     whole = torch.tensor(dense.backend.score(np.array([[to_dense[i] for i in ids]])))[0, :-1].double()
     p = whole[:, to_dense].log_softmax(-1)
@@ -47,7 +47,7 @@ def test_long_texts_are_read_in_windows(tiny_engine: Path, tiny_dense_engine: Pa
     long = TEXT * 12
     assert len(pruned.codec.encode_plain(long)) > pruned.spec.max_position_embeddings
     found = Divergence(dense, pruned).measure(long)
-    assert found["positions"] == len(prefixed(pruned.codec, long)) - 1
+    assert found["positions"] == len(pruned.codec.encode_plain(long))
 
 
 def test_a_vocabulary_that_is_no_part_is_refused(tiny_engine: Path, tiny_dense_engine: Path) -> None:

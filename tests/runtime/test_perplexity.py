@@ -10,24 +10,25 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from flabc.errors import CorpusError
 from flabc.runtime.evaluate import perplexity as module
-from flabc.runtime.evaluate.perplexity import Perplexity, perplexity, target_nll, windows
+from flabc.runtime.evaluate.perplexity import Perplexity, opening, perplexity, target_nll, windows
 from flabc.runtime.session import Session
 
 CODE = "for i in range(10):\n    print(i)\n" * 8
 
 
-@given(st.integers(0, 300), st.integers(2, 50), st.integers(1, 49))
-def test_every_token_but_the_first_is_predicted_once(length: int, window: int, stride: int) -> None:
-    stride = min(stride, window - 1)
+@given(st.integers(0, 300), st.integers(2, 50), st.integers(1, 49), st.integers(1, 4))
+def test_every_token_that_is_not_given_is_predicted_once(length: int, window: int, stride: int, ahead: int) -> None:
+    stride, ahead = min(stride, window - 1), min(ahead, window)
     predicted: list[int] = []
-    for part, new in windows(length, window, stride):
+    for part, new in windows(length, window, stride, given=ahead):
         assert part.stop - part.start <= window
         assert new < part.stop - part.start or part.start == 0
         predicted += range(part.stop - new, part.stop)
-    assert predicted == list(range(1, length))
+    assert predicted == list(range(ahead, length))
 
 
 def test_token_losses_are_those_of_torch() -> None:
@@ -45,12 +46,23 @@ def test_the_sum_is_the_loss_of_transformers(tiny_engine: Path, tiny_checkpoint:
     session = Session.open(tiny_engine)
     text = "def f(x):\n    return x + 1\n"
     found = perplexity(session.backend, session.codec, [text])
-    ids = torch.tensor([[session.codec.prefix_id, *session.codec.encode_plain(text)]])
+    ids = torch.tensor([session.codec.encode_plain("\n" + text)])
+    assert ids.shape[1] == len(session.codec.encode_plain(text)) + 1, "a line break of its own"
     with torch.no_grad():
         loss = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)(ids, labels=ids).loss
     assert found.tokens == ids.shape[1] - 1
     assert found.nll_nats == pytest.approx(float(loss) * found.tokens, rel=1e-4)
     assert found.bits_per_byte == pytest.approx(found.nll_nats / log(2) / len(text))
+
+
+def test_a_text_is_scored_behind_what_its_tokenizer_puts_there(tiny_engine: Path) -> None:
+    codec = Session.open(tiny_engine).codec
+    assert opening(codec) == codec.encode_plain("\n")
+    [end] = codec.eos_ids
+    token = codec.tokenizer.id_to_token(end)
+    codec.tokenizer.post_processor = TemplateProcessing(single=f"{token} $A {token}", special_tokens=[(token, end)])
+    assert codec.encode("x") == [end, *codec.encode_plain("x"), end]
+    assert opening(codec) == [end]
 
 
 def strided_loss(model: Any, ids: torch.Tensor, window: int, stride: int) -> tuple[float, int]:
@@ -72,7 +84,7 @@ def strided_loss(model: Any, ids: torch.Tensor, window: int, stride: int) -> tup
 
 def tokens_as_text(ids: list[int]) -> Any:
     """A codec for a text whose tokens are these."""
-    return SimpleNamespace(encode_plain=lambda _: ids[1:], prefix_id=ids[0])
+    return SimpleNamespace(encode_plain=lambda _: ids[1:], before_text=lambda: ids[:1])
 
 
 @pytest.mark.parametrize(("window", "stride"), [(40, 20), (48, 16), (None, None)])
