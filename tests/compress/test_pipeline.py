@@ -80,11 +80,12 @@ def test_bits_per_byte_are_what_transformers_loss_says(tied: CausalLM, tiny: Any
     tokenizer = stage.encoder(tied.tokenizer)
     nats = size = 0.0
     for document in [d for d in context.heldout if len(d.text) > 1536][:8]:
-        ids = torch.tensor([tokenizer.encode(document.text[:1536], add_special_tokens=False).ids])
+        line, text = (tokenizer.encode(t, add_special_tokens=False).ids for t in ("\n", document.text[:1536]))
+        ids = torch.tensor([[*line, *text]])
         with torch.no_grad():
             logits = theirs(ids).logits[0, :-1]
         nats += float(functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
-        size += len(document.text[:1536].encode()) - len(tokenizer.decode(ids[0, :1].tolist()).encode())
+        size += len(document.text[:1536].encode())
     assert pipeline.bits_per_byte(tied, context) == pytest.approx(nats / math.log(2) / size, abs=2e-5)
     assert set(ran[2]["heldout_bits_per_byte"]) == {"dense", "pruned"}
 
