@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from flabc.compress import load
+from flabc.compress.location import locate
 from flabc.runtime.measure.environment import environment
 from flabc.spec import ModelSpec
 
@@ -84,7 +85,7 @@ def make(folder: Path, layers: int) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    files = load.read_tokenizer(load.locate("smollm2-135m"))
+    files = load.read_tokenizer(locate("smollm2-135m"))
     (folder / "tokenizer.json").write_text(json.dumps(files.tokenizer))
     (folder / "tokenizer_config.json").write_text(json.dumps(files.config))
     config: dict[str, Any] = {**SHAPES, "model_type": "llama", "vocab_size": 49152, "tie_word_embeddings": False}

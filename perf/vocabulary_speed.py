@@ -19,6 +19,7 @@ from typing import Any
 from flabc.compress import load, vocab
 from flabc.compress.data import source
 from flabc.compress.data.corpus import Document
+from flabc.compress.location import locate
 from flabc.compress.model import TokenizerFiles
 from flabc.compress.stage import encoder
 from flabc.runtime.measure.environment import environment
@@ -55,7 +56,7 @@ def main() -> None:
     rows = {}
     for model in asked.models:
         name, _, place = model.rpartition("=")
-        rows[name or place] = measure(load.read_tokenizer(load.locate(place)), stream)
+        rows[name or place] = measure(load.read_tokenizer(locate(place)), stream)
     result = {"corpus": asked.corpus, "tokenizers": rows, "environment": environment()}
     RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(RESULT)

@@ -142,11 +142,13 @@ def inspect(model: str) -> Inspection:
     """
     require("torch", "compress")
     from flabc.compress import load
+    from flabc.compress.gguf_file import duplicate_output_cosine
+    from flabc.compress.location import locate
 
     with progress(f"reading {model}"):
-        location = load.locate(model)
+        location = locate(model)
         spec = ModelSpec.from_config(load.read_config(location))
-        cosine = load.duplicate_output_cosine(location)
+        cosine = duplicate_output_cosine(location)
     return Inspection(
         model=model,
         spec=spec,
@@ -256,10 +258,12 @@ def _checked(
 ) -> bool:
     """Make sure that memory and disk suffice; whether the weights have to stay on disk for that."""
     from flabc.compress import load, pipeline, preflight
+    from flabc.compress.location import locate
+    from flabc.compress.weight_files import can_stream, stored_bytes
 
-    location = load.locate(model)
+    location = locate(model)
     spec = ModelSpec.from_config(load.read_config(location))
-    size = load.stored_bytes(location, spec, pickled=allow_pickle)
+    size = stored_bytes(location, spec, pickled=allow_pickle)
     stream = preflight.streams(
         spec,
         size,
@@ -267,7 +271,7 @@ def _checked(
         recipe.calibration,
         dtype=pipeline.compute_dtype(pipeline.device_named(device)),
         memory=memory,
-        can_stream=load.can_stream(location),
+        can_stream=can_stream(location),
     )
     if output is not None:
         preflight.check_disk(Path(output), size, scratch=stream)
@@ -505,8 +509,9 @@ def model_folder(model: str, *, tie: bool = False) -> Iterator[tuple[Path, Model
     require("torch", "compress")
     require("transformers", "compress")
     from flabc.compress import checkpoint, load
+    from flabc.compress.location import locate
 
-    location = load.locate(model)
+    location = locate(model)
     if location.file is None and not tie:
         yield location.folder, ModelSpec.from_config(load.read_config(location)), None
         return

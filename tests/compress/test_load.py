@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from flabc.compress import load
+from flabc.compress.gguf_file import duplicate_output_cosine
+from flabc.compress.location import Location, locate
 from flabc.compress.model import CausalLM
 from flabc.errors import FlabcError, ModelError, UnknownNameError
 
@@ -315,10 +317,10 @@ def test_a_gguf_gives_back_the_model_it_was_written_from(
 
 def test_only_a_gguf_with_both_matrices_has_a_cosine(source: CausalLM, embedding: np.ndarray, tmp_path: Path) -> None:
     one = write_gguf(tmp_path / "one.gguf", source, embedding, None)
-    assert load.duplicate_output_cosine(load.locate(str(one))) is None
-    assert load.duplicate_output_cosine(load.Location("x", tmp_path)) is None
+    assert duplicate_output_cosine(locate(str(one))) is None
+    assert duplicate_output_cosine(Location("x", tmp_path)) is None
     both = write_gguf(tmp_path / "both.gguf", source, embedding, (2 * embedding).astype(np.float16))
-    assert load.duplicate_output_cosine(load.locate(str(both))) == pytest.approx(1, abs=0.005)  # a row is zero
+    assert duplicate_output_cosine(locate(str(both))) == pytest.approx(1, abs=0.005)  # a row is zero
 
 
 @pytest.mark.parametrize("precise", ["output", "embedding"])
@@ -340,7 +342,7 @@ def test_one_matrix_stored_twice_is_tied_keeping_the_more_precise(
 
 def test_two_matrices_that_differ_are_not_tied(source: CausalLM, embedding: np.ndarray, tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "two.gguf", source, embedding, embedding[::-1].copy())
-    cosine = load.duplicate_output_cosine(load.locate(str(file)))
+    cosine = duplicate_output_cosine(locate(str(file)))
     assert cosine is not None
     assert cosine < 0.5
     with pytest.raises(ModelError, match=rf"cannot be tied.*Found: cosine {cosine:.3f}"):
@@ -363,7 +365,7 @@ def test_the_digits_of_smollm_are_split_off_as_its_own_tokenizer_splits_them(
     from gguf import GGUFReader
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    location = load.locate("smollm2-135m")
+    location = locate("smollm2-135m")
     fields = GGUFReader(location.folder / str(location.file)).fields
     tokens = fields["tokenizer.ggml.tokens"].contents()
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"].contents()]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from flabc import api
 from flabc.compress import load, stored
+from flabc.compress.location import locate
 from flabc.compress.stored import Stored, spill, stored_in
 from flabc.compress.walk import Walk, dense_variant, without
 from flabc.errors import ModelError, UsageError
@@ -122,7 +123,7 @@ def test_weights_stay_on_disk_where_memory_does_not_suffice(tiny: Callable[[str]
     from flabc.compress.preflight import streams, workspace_bytes
     from flabc.spec import ModelSpec
 
-    spec = ModelSpec.from_config(load.read_config(load.locate(str(tiny("llama-tied")))))
+    spec = ModelSpec.from_config(load.read_config(locate(str(tiny("llama-tied")))))
     stages, calibration = [VocabConfig()], Calibration()
     work = workspace_bytes(spec, stages, calibration, torch.float32)
     big = 10 * 2**30

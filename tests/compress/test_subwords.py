@@ -26,6 +26,7 @@ from flabc.compress.bpe import BytePairs
 from flabc.compress.config import VocabConfig
 from flabc.compress.data import corpus
 from flabc.compress.data.prose import samples
+from flabc.compress.location import Location
 from flabc.compress.model import CausalLM, TokenizerFiles
 from flabc.compress.stage import Context, encoder
 from flabc.compress.subwords import Subwords
@@ -61,7 +62,7 @@ def sentence_piece(folder: Path, name: str, tokenizer_class: str, **options: Any
     (folder / name).write_bytes(model.getvalue())
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": tokenizer_class}))
-    return load.read_tokenizer(load.Location(name, folder))
+    return load.read_tokenizer(Location(name, folder))
 
 
 #: What Llama 2 and Gemma were trained with.
