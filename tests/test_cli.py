@@ -61,6 +61,7 @@ def test_a_planned_command_says_so_and_fails(command: str) -> None:
         (["compress", "x", "--bogus"], 2, "--bogus"),
         (["compress"], 2, "flabc init"),
         (["compress", "smollm2-135m", "-o", "p", "--recipe", "flab22"], 1, "Did you mean 'flab-22'"),
+        (["compress", "x", "--memory", "much"], 2, "'much' is no size; expected a number and a unit, e.g. 6GiB"),
         (["inspect", "smollm2-135"], 1, "Did you mean 'smollm2-135m'"),
         (["eval", "x", "--task", "perplexty"], 1, "Did you mean 'perplexity'"),
         (["run", "nowhere", "hello"], 1, "is no model"),
@@ -132,6 +133,14 @@ def test_run_reads_stdin_and_streams_what_json_gives_whole(tiny_engine: Path) ->
     whole = json.loads(flabc("run", tiny_engine, "def f(x):", "--max-tokens", "12", "--json").stdout)
     assert streamed.stdout == "def f(x):" + whole["text"] + "\n"
     assert len(whole["token_ids"]) <= 12
+
+
+def test_memory_is_given_with_its_unit(tiny: object, tiny_recipe: Path, tmp_path: Path) -> None:
+    model = tiny("llama-tied")  # type: ignore[operator]
+    done = flabc("compress", model, "--recipe", tiny_recipe, "-o", "out", "--memory", "512MiB", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "Found: 0.5 GiB" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_ctrl_c_leaves_no_output(tiny: object, tiny_recipe: Path, tmp_path: Path) -> None:

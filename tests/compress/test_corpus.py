@@ -35,6 +35,38 @@ def texts(name: Path | str) -> dict[str, list[str]]:
     return {side: [d.text for d in corpus.load(str(name), side)] for side in ("calibration", "heldout")}  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("name", "asked", "rows"),
+    [
+        ("hf:some/code", ("some/code", "train"), [{"content": "a = 1"}]),
+        ("hf:some/code:validation", ("some/code", "validation"), [{"text": "a = 1"}]),
+        ("hf:some/code:train:body", ("some/code", "train"), [{"body": "a = 1", "text": "not this"}]),
+    ],
+)
+def test_a_dataset_of_the_hub_is_streamed(
+    monkeypatch: pytest.MonkeyPatch, name: str, asked: tuple[str, str], rows: list[dict[str, str]]
+) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def given(dataset: str, *, split: str, streaming: bool) -> list[dict[str, str]]:
+        assert ((dataset, split), streaming) == (asked, True)
+        return rows
+
+    monkeypatch.setattr(datasets, "load_dataset", given)
+    assert [text for _, text in source.read(name)] == ["a = 1"]
+
+
+def test_a_dataset_that_is_out_of_reach_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(CorpusError, match=r"'hf:some/code' cannot be read: no route to the hub"):
+        list(source.read("hf:some/code"))
+
+
 def test_every_text_of_a_folder_is_on_one_side(folder: Path) -> None:
     sides = texts(folder)
     assert sorted(sides["calibration"] + sides["heldout"]) == sorted(f"x = {index}\n" for index in range(40))

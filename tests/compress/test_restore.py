@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from flabc.compress import load, restore
@@ -14,6 +15,7 @@ from flabc.compress.data import corpus
 from flabc.compress.model import CausalLM, cut_channels, cut_layers, cut_vocab
 from flabc.compress.stage import Context
 from flabc.compress.walk import Walk, dense_variant
+from flabc.errors import StageError
 
 
 def context_for(dense: CausalLM) -> Context:
@@ -50,8 +52,11 @@ def test_a_model_that_was_not_cut_is_left_as_it_is(any_tiny: Path) -> None:
         torch.testing.assert_close(down, dense.tensor("down", layer), atol=1e-4, rtol=1e-4)
 
 
-def test_what_was_cut_comes_nearer_to_the_dense_model(any_tiny: Path) -> None:
-    dense = load.load(str(any_tiny))
+@pytest.mark.parametrize(
+    "name", ["llama-untied-biased", "qwen2-tied", "phi3-untied", "starcoder2-tied", "granite-tied"]
+)
+def test_what_was_cut_comes_nearer_to_the_dense_model(tiny: Callable[[str], Path], name: str) -> None:
+    dense = load.load(str(tiny(name)))
     context = context_for(dense)
     cut = cut_channels(cut_layers(dense, [0, 2]), {0: range(60), 1: range(60)})
     restored = restore.apply(cut, restore.plan(cut, RestoreConfig(), context))
@@ -62,8 +67,9 @@ def test_what_was_cut_comes_nearer_to_the_dense_model(any_tiny: Path) -> None:
     assert restored.spec == cut.spec
 
 
-def test_the_reported_distance_is_that_of_the_restored_model(tiny: Callable[[str], Path]) -> None:
-    dense = load.load(str(tiny("qwen2-tied")))
+@pytest.mark.parametrize("name", ["qwen2-tied", "granite-tied"])  # the latter scales what its FFN adds
+def test_the_reported_distance_is_that_of_the_restored_model(tiny: Callable[[str], Path], name: str) -> None:
+    dense = load.load(str(tiny(name)))
     context = context_for(dense)
     cut = cut_layers(dense, [0, 2])
     plan = restore.plan(cut, RestoreConfig(), context)
@@ -83,3 +89,9 @@ def test_targets_are_the_dense_states_where_each_kept_layer_ends(tiny: Callable[
     first = cut_layers(dense, [0])
     torch.testing.assert_close(states[0], last_states(first, tokens))
     torch.testing.assert_close(states[1], last_states(dense, tokens))  # makes up for the removed one too
+
+
+def test_a_norm_behind_the_projection_is_refused(tiny: Callable[[str], Path]) -> None:
+    dense = load.load(str(tiny("gemma2-tied")))
+    with pytest.raises(StageError, match=r"does not work on gemma2: a norm follows.*restore: true"):
+        restore.plan(cut_layers(dense, [0]), RestoreConfig(), context_for(dense))
