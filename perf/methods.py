@@ -2,8 +2,8 @@
 
     python perf/methods.py MODEL_FOLDER --work build/methods
 
-Every method gets the same calibration text, tokens and seed. What is in the result already, made by the same recipe,
-is not made again; so the run can be cut off and started anew. Models and answers lie in the work folder.
+Every method draws on the same calibration text, tokens and seed. What is in the result already, made by the same
+recipe, is not made again; so the run can be cut off and started anew. Models and answers lie in the work folder.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TARGETS: dict[str, dict[str, float]] = {
     for of, field in (("all", "params"), ("blocks", "block_params"))
 }
 
-#: Rows of vocabulary that flabc keeps: by comparing a few sizes on held-out text, where rows and channels cost alike.
+#: Rows of vocabulary that flabc keeps: where rows and channels cost alike on the text that perplexity is scored on.
 ROWS = {"all-22": 45_056, "all-35": 40_960, "all-50": 28_672}
 
 #: Sizes at which code is written, not only read.
@@ -153,36 +153,38 @@ def as_markdown(cells: Mapping[str, Any]) -> str:
 def _row(left: str, title: str, cell: Mapping[str, Any]) -> str:
     if "error" in cell:
         return f"| {left} | {title} | - | - | {cell['error']} | - | - |"
-    kl = _value(cell.get("kl"))
     facts = [
         f"{cell['parameters'] / 1e6:.1f} M",
-        f"{kl['target']['value']:.3f}" if kl else "-",
-        _perplexity(_value(cell.get("perplexity"))),
+        _shown(cell.get("kl"), _kl),
+        _shown(cell.get("perplexity"), _perplexity),
         f"{cell['seconds']:.0f}" if "seconds" in cell else "-",
-        _solved(_value(cell.get("humaneval"))),
+        _shown(cell.get("humaneval"), _solved),
     ]
     return f"| {left} | {title} | {' | '.join(facts)} |"
 
 
-def _perplexity(row: Mapping[str, Any] | None) -> str:
-    """Perplexity, and how it compares with the dense model's."""
-    if row is None:
+def _shown(rows: Any, show: Callable[[Mapping[str, Any]], str]) -> str:
+    """The first row of an evaluation; "-" if it was not made, "failed" if it could not be."""
+    if rows is None:
         return "-"
+    return show(rows[0]) if isinstance(rows, list) else "failed"
+
+
+def _kl(row: Mapping[str, Any]) -> str:
+    """Nats per token."""
+    return f"{row['target']['value']:.3f}"
+
+
+def _perplexity(row: Mapping[str, Any]) -> str:
+    """Perplexity, and how it compares with the dense model's."""
     value, base = row["target"]["value"], row["baseline"]
     return f"{value:.2f}" + (f" ({value / base['value'] - 1:+.1%})" if base else "")
 
 
-def _solved(row: Mapping[str, Any] | None) -> str:
+def _solved(row: Mapping[str, Any]) -> str:
     """Problems solved, and how sure the difference is."""
-    if row is None:
-        return "-"
     solved = f"{row['target']['value'] * row['target']['n']:.0f}/{row['target']['n']}"
     return solved + (f" (p = {row['p_value']:.2g})" if row["baseline"] else "")
-
-
-def _value(rows: Any) -> dict[str, Any] | None:
-    """The first row of an evaluation, if there is one."""
-    return dict(rows[0]) if isinstance(rows, list) else None
 
 
 def main() -> None:
