@@ -1,9 +1,10 @@
 """Pruning methods against each other on one model: the table of the README, measured cell by cell.
 
-    python perf/methods.py MODEL_FOLDER --work build/methods
+    python perf/methods.py qwen2.5-coder-0.5b.gguf --tie --work build/methods
 
 Every method draws on the same calibration text, tokens and seed. What is in the result already, made by the same
-recipe, is not made again; so the run can be cut off and started anew. Models and answers lie in the work folder.
+recipe, is not made again; so the run can be cut off and started anew. Models lie in the work folder until they are
+measured, answers stay there.
 """
 
 from __future__ import annotations
@@ -190,7 +191,8 @@ def _solved(row: Mapping[str, Any]) -> str:
 def main() -> None:
     """Fill the cells that are missing, one after another."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a Hugging Face folder")
+    parser.add_argument("model", help="whatever `flabc compress` takes as a model")
+    parser.add_argument("--tie", action="store_true", help="as for `flabc compress`")
     parser.add_argument("--name", default="qwen2.5-coder-0.5b", help="the model's name in the result")
     parser.add_argument("--work", type=Path, default=Path("build/methods"))
     parser.add_argument("--sizes", nargs="+", default=list(TARGETS), choices=TARGETS)
@@ -198,13 +200,25 @@ def main() -> None:
     parser.add_argument("--skip-written", action="store_true", help="leave HumanEval for another run")
     asked = parser.parse_args()
     asked.work.mkdir(parents=True, exist_ok=True)
-    table = Table(RESULTS / f"{asked.name}.methods.json", asked.work, asked.model)
-    table.measure(DENSE, asked.model, written=not asked.skip_written)
+    dense = asked.work / DENSE
+    if not dense.exists():
+        write(load.load(asked.model, tie=asked.tie), dense)
+    table = Table(RESULTS / f"{asked.name}.methods.json", asked.work, str(dense))
+    table.measure(DENSE, str(dense), tasks(DENSE, written=not asked.skip_written))
     for size in asked.sizes:
         for name in asked.methods:
             key = f"{size}/{name}"
-            if table.make(key, METHODS[name], size):
-                table.measure(key, str(asked.work / key), written=size in WRITTEN and not asked.skip_written)
+            wanted = tasks(size, written=not asked.skip_written)
+            if table.make(key, METHODS[name], size, wanted):
+                table.measure(key, str(asked.work / key), wanted)
+                shutil.rmtree(asked.work / key, ignore_errors=True)
+
+
+def tasks(size: str, *, written: bool) -> tuple[str, ...]:
+    """What a cell of this size is measured by."""
+    if size == DENSE:
+        return ("perplexity", *(["humaneval"] if written else []))
+    return ("perplexity", "kl", *(["humaneval"] if written and size in WRITTEN else []))
 
 
 class Table:
@@ -214,18 +228,21 @@ class Table:
         self.file, self.work, self.model = file, work, model
         self.cells: dict[str, Any] = json.loads(file.read_text())["cells"] if file.is_file() else {}
 
-    def make(self, key: str, method: Method, size: str) -> bool:
-        """Compress, unless it is done; whether there is a model."""
+    def make(self, key: str, method: Method, size: str, wanted: Sequence[str]) -> bool:
+        """Compress, unless it is done; whether there is a model of which something is to be measured."""
         dense = api.inspect(self.model).spec
         left = pipeline.parameters_left(Target.model_validate(TARGETS[size]), dense)
         recipe = recipe_of(key, method, dense, left, size)
-        cell = self.cells.get(key, {})
-        made = self.work / key
-        if cell.get("recipe") == recipe.model_dump(mode="json") and ("error" in cell or made.exists()):
-            return "error" not in cell
+        cell, made = self.cells.get(key, {}), self.work / key
+        if made_by(cell, recipe):
+            if "error" in cell or all(task in cell for task in wanted):
+                return False
+            if made.exists():
+                return True
+        else:
+            shutil.rmtree(self.work / "answers" / key, ignore_errors=True)
+            self.cells[key] = cell = {"recipe": recipe.model_dump(mode="json"), "title": method.title}
         shutil.rmtree(made, ignore_errors=True)
-        shutil.rmtree(self.work / "answers" / key, ignore_errors=True)
-        self.cells[key] = cell = {"recipe": recipe.model_dump(mode="json"), "title": method.title}
         try:
             cell |= compress(self.model, recipe, made, emitted=method.emitted and size.startswith("all"))
         except FlabcError as error:
@@ -233,11 +250,13 @@ class Table:
         self.save()
         return "error" not in cell
 
-    def measure(self, key: str, model: str, *, written: bool) -> None:
+    def measure(self, key: str, model: str, wanted: Sequence[str]) -> None:
         """What the model says of held-out text and, if wanted, the programs that it writes."""
         cell = self.cells.setdefault(key, {"title": key, "parameters": api.inspect(model).spec.num_parameters})
-        for task in ("perplexity", "kl", *(["humaneval"] if written else [])):
-            if task not in cell and not (key == DENSE and task == "kl"):
+        for task in wanted:
+            # Every other cell is compared with the dense model's answers, problem by problem.
+            answers = self.work / "answers" / key / task
+            if task not in cell or (key == DENSE and not answers.exists()):
                 try:
                     cell[task] = self.evaluate(key, model, task)
                 except FlabcError as error:
@@ -266,6 +285,14 @@ class Table:
         part.replace(self.file)
 
 
+def made_by(cell: Mapping[str, Any], recipe: Recipe) -> bool:
+    """Whether a cell comes from this recipe; a field that is newer than the cell counts as its default."""
+    try:
+        return "recipe" in cell and parse(cell["recipe"], recipe.name) == recipe
+    except FlabcError:
+        return False
+
+
 def recipe_of(key: str, method: Method, dense: ModelSpec, left: int, size: str) -> Recipe:
     """A cell's recipe."""
     stages = method.stages(dense, left, ROWS.get(size))
@@ -280,10 +307,7 @@ def compress(model: str, recipe: Recipe, folder: Path, *, emitted: bool) -> dict
     start = emitted_only(dense, recipe.calibration) if emitted else dense
     cut, receipts, _ = pipeline.run(start, recipe.stages, target=recipe.target, calibration=recipe.calibration)
     seconds = time.monotonic() - started
-    with artifact.create(folder, "checkpoint", force=False) as draft:
-        checkpoint.write(cut, draft.path)
-        draft.spec, draft.recipe, draft.source, draft.seed = cut.spec, recipe.model_dump(mode="json"), dense.source, 0
-        draft.receipts = {"stages": [receipt.as_dict() for receipt in receipts]}
+    write(cut, folder, recipe.model_dump(mode="json"), {"stages": [receipt.as_dict() for receipt in receipts]})
     shape = [layer.model_dump() for layer in cut.spec.layers]
     return {
         "parameters": cut.spec.num_parameters,
@@ -292,6 +316,14 @@ def compress(model: str, recipe: Recipe, folder: Path, *, emitted: bool) -> dict
         "seconds": round(seconds, 1),
         "stages": [receipt.summary for receipt in receipts],
     }
+
+
+def write(model: CausalLM, folder: Path, recipe: Any = None, receipts: Any = None) -> None:
+    """A checkpoint folder."""
+    with artifact.create(folder, "checkpoint", force=False) as draft:
+        checkpoint.write(model, draft.path)
+        draft.spec, draft.recipe, draft.source, draft.seed = model.spec, recipe, model.source, 0
+        draft.receipts = receipts or {}
 
 
 def emitted_only(model: CausalLM, calibration: Calibration) -> CausalLM:
