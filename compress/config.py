@@ -160,6 +160,11 @@ class WidthsConfig(Amount):
     slope: float = Field(0.0, description="For 'ramp': by how much a layer's rate exceeds that of the one before.")
     score: Annotated[str, *known("score", SCORES)] = Field("obs", description="What a channel or head is worth.")
     restore: bool = Field(True, description="Refit the output projection to the dense output (least squares).")
+    bias: Literal["existing", "add", "none"] = Field(
+        "existing",
+        description="Make up for the mean of what goes by the output projection's bias (FLAP): where there is one; "
+        "everywhere, by switching on the family's biases where its config allows; or not at all.",
+    )
     multiple_of: int = Field(64, gt=0, description="The number of FFN channels left is a multiple of this.")
 
     @model_validator(mode="after")

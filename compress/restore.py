@@ -16,19 +16,20 @@ from torch import Tensor
 from flabc.console import progress
 from flabc.errors import StageError
 
+from . import bias
 from .config import RestoreConfig
 from .gram import DAMPING, Gram, damped, pieces
 from .model import CausalLM, cut_vocab
 from .stage import Context, Plan, Stage
-from .stored import Weight
+from .stored import Weight, loaded
 from .walk import WHOLE, Walk
 
 
 @dataclass(frozen=True)
 class RestorePlan(Plan):
-    """The refitted output projection of each layer, (D, F), in the model's dtype."""
+    """The refitted output projections, (D, F), and their biases, (D,), by checkpoint name, in the model's dtype."""
 
-    down: Mapping[int, Weight] = field(default_factory=dict)
+    refitted: Mapping[str, Weight] = field(default_factory=dict)
 
 
 def plan(model: CausalLM, config: RestoreConfig, context: Context) -> RestorePlan:
@@ -49,27 +50,30 @@ def plan(model: CausalLM, config: RestoreConfig, context: Context) -> RestorePla
     targets = dense_states(model, context, tokens)
     walk = Walk(model, tokens, context.device, context.dtype)
     hidden = walk.embed()
-    down, before, after = {}, 0.0, 0.0
+    refitted, count, before, after = dict[str, Weight](), 0, 0.0, 0.0
     with torch.no_grad(), progress("restoring layers", len(model.spec.layers)) as advance:
         for layer, target in enumerate(targets):
             hidden, inputs = _through(walk, layer, hidden)
             before = _distance(hidden, target)
             if inputs is not None:
                 gap = (target.float() - hidden).flatten(0, 1)  # (N * T, D)
-                change = explain(gap / multiplier, inputs, config.damping)
-                down[layer] = context.keep(model.tensor("down", layer).float() + change.cpu(), model)
-                hidden += multiplier * (inputs @ change.T.to(inputs.dtype)).view_as(hidden)
+                shifted = bias.name_of(model, "down", layer)
+                change, shift = explain(gap / multiplier, inputs, config.damping, intercept=shifted is not None)
+                changes = {model.name("down", layer): change} | ({shifted: shift} if shifted else {})
+                for name, by in changes.items():
+                    refitted[name] = context.keep(loaded(model.weights[name]).float() + by.cpu(), model)
+                hidden += multiplier * (inputs @ change.T.to(inputs.dtype) + shift).view_as(hidden)
+                count += 1
             after = _distance(hidden, target)
             advance(1)
-    details = {"refitted": len(down), "last_layer_before": round(before, 6), "last_layer": round(after, 6)}
-    summary = f"restore: {len(down)} output projections refitted; last hidden states {after:.2%} from dense"
-    return RestorePlan(summary, details, down)
+    details = {"refitted": count, "last_layer_before": round(before, 6), "last_layer": round(after, 6)}
+    summary = f"restore: {count} output projections refitted; last hidden states {after:.2%} from dense"
+    return RestorePlan(summary, details, refitted)
 
 
 def apply(model: CausalLM, plan: RestorePlan) -> CausalLM:
     """Put the refitted projections in place."""
-    refitted = {model.name("down", layer): weight for layer, weight in plan.down.items()}
-    return replace(model, weights={**model.weights, **refitted})
+    return replace(model, weights={**model.weights, **plan.refitted})
 
 
 RESTORE: Stage[RestoreConfig, RestorePlan] = Stage(plan, apply)
@@ -100,25 +104,33 @@ def dense_states(model: CausalLM, context: Context, tokens: Tensor) -> Iterator[
         yield hidden
 
 
-def explain(gap: Tensor, inputs: Tensor, damping: float) -> Tensor:
-    """The change of a projection that makes up best for a gap in its output.
+def explain(gap: Tensor, inputs: Tensor, damping: float, *, intercept: bool = False) -> tuple[Tensor, Tensor]:
+    """The change of a projection, and of its bias, that makes up best for a gap in its output.
 
-    Minimises ||gap - X Δᵀ||² + λ ||Δ||² over Δ.
+    Minimises ||gap - X Δᵀ - δ||² + λ ||Δ||² over Δ, and over δ if there is a bias.
 
     Args:
         gap: what the output lacks, (tokens, D).
         inputs: what the projection receives, X, (tokens, F).
         damping: λ as a share of the mean diagonal of XᵀX.
+        intercept: whether there is a bias.
 
     Returns:
-        Δ, (D, F), float32.
+        Δ, (D, F), and δ, (D,), nought without a bias; float32.
     """
     gram = Gram(inputs.shape[1], inputs.device)
     gram.add(inputs)
     right = torch.zeros(inputs.shape[1], gap.shape[1], device=inputs.device)
     for part, lacking in zip(pieces(inputs), pieces(gap), strict=True):
         right.addmm_(part.T, lacking)
-    return _solve(gram.matrix().double(), right.double(), damping).T.float()
+    left = gram.matrix()
+    if not intercept:
+        return _solve(left.double(), right.double(), damping).T.float(), gap.new_zeros(gap.shape[1])
+    mean, lacks = inputs.mean(0, dtype=torch.float32), gap.mean(0)
+    left.addr_(mean, mean, alpha=-len(gap))
+    right.addr_(mean, lacks, alpha=-len(gap))
+    change = _solve(left.double(), right.double(), damping).T.float()
+    return change, lacks - change @ mean
 
 
 def refit(weight: Tensor, gram: Tensor, keep: Tensor, damping: float = DAMPING) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from flabc.errors import StageError
 from flabc.spec import LayerSpec
 
+from . import bias
 from .allocate import ALLOCATIONS, Pool
 from .config import WidthsConfig
 from .gram import Gram
@@ -24,7 +25,7 @@ from .model import CausalLM, cut_channels, cut_heads
 from .restore import refit
 from .score import SCORES, Heard
 from .stage import Context, Plan, Stage
-from .stored import Weight
+from .stored import Weight, loaded
 from .walk import Walk, dense_variant
 
 #: A kind of unit and a layer that has it.
@@ -59,10 +60,17 @@ KINDS = {
 
 @dataclass(frozen=True)
 class WidthsPlan(Plan):
-    """Which units of each place stay, ascending, and the refitted projections, (D, F), if any."""
+    """Which units of each place stay, ascending, and what takes the place of what.
+
+    Args:
+        keep: the units of each place that loses any.
+        refitted: new tensors by their checkpoint names: output projections, (D, F), and their biases, (D,).
+        flags: config flags that are switched on first, for the biases.
+    """
 
     keep: Mapping[Place, tuple[int, ...]] = field(default_factory=dict)
-    refitted: Mapping[Place, Weight] = field(default_factory=dict)
+    refitted: Mapping[str, Weight] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
 
 
 def plan(model: CausalLM, config: WidthsConfig, context: Context) -> WidthsPlan:
@@ -71,6 +79,8 @@ def plan(model: CausalLM, config: WidthsConfig, context: Context) -> WidthsPlan:
     Raises:
         StageError: if nothing says how many to remove, or the target cannot be reached this way.
     """
+    flags = bias.addable(model, [KINDS[name].role for name in config.of]) if config.bias == "add" else ()
+    model = bias.switched_on(model, flags)
     worth = dict[Place, Tensor]()
     score, gram = SCORES[config.score], SCORES[config.score].gram or config.restore
     if config.rates is None and ALLOCATIONS[config.allocation].ranks:
@@ -80,29 +90,80 @@ def plan(model: CausalLM, config: WidthsConfig, context: Context) -> WidthsPlan:
     left = widths(model, config, context, worth)
     if not left:
         return WidthsPlan("widths: the target is reached; nothing to remove")
-    keep, refitted, errors = {}, {}, {}
+    keep, errors = dict[Place, tuple[int, ...]](), dict[Place, float]()
+    refitted = dict[str, Weight]()
 
     def choose(place: Place, heard: Heard) -> None:
         scores = worth[place] if place in worth else score.worth(heard)
         kept = scores.topk(left[place]).indices.sort().values
         keep[place] = tuple(kept.tolist())
         inputs = (kept[:, None] * heard.unit + torch.arange(heard.unit, device=kept.device)).flatten()
-        if heard.gram is not None:
-            now = refit(heard.weight, heard.gram, inputs) if config.restore else heard.weight[:, inputs]
-            errors[place] = output_error(heard.weight, now, inputs, heard.gram)
-            if config.restore:
-                refitted[place] = context.keep(now, model)
+        role, layer = KINDS[place[0]].role, place[1]
+        shifted = bias.name_of(model, role, layer) if config.bias != "none" else None
+        cut = cut_projection(heard, inputs, restore=config.restore, bias=shifted is not None)
+        if cut.error is not None:
+            errors[place] = cut.error
+        if config.restore:
+            refitted[model.name(role, layer)] = context.keep(cut.weight, model)
+        if shifted is not None:
+            shift = cut.shift.cpu() + loaded(model.weights[shifted]).float()
+            refitted[shifted] = context.keep(shift, model)
 
     listen(model, config.of, context, choose, left, gram=gram)
-    return WidthsPlan(_summary(model, config, left, errors), _details(model, left, errors), keep, refitted)
+    return WidthsPlan(_summary(model, config, left, errors), _details(model, left, errors), keep, refitted, flags)
+
+
+@dataclass(frozen=True)
+class CutProjection:
+    """An output projection that lost inputs.
+
+    Args:
+        weight: from the inputs that stay, (D, F).
+        shift: what the mean output lacks: what a bias has to add, (D,).
+        error: the output's error relative to its square, if the Gram matrix was heard.
+    """
+
+    weight: Tensor
+    shift: Tensor
+    error: float | None
+
+
+def cut_projection(heard: Heard, keep: Tensor, *, restore: bool, bias: bool) -> CutProjection:
+    """Take inputs from a projection.
+
+    Args:
+        heard: the projection and what it received; with a bias, its Gram matrix is centred in place.
+        keep: the inputs that stay.
+        restore: refit the weights of those that stay, for which the Gram matrix must have been heard.
+        bias: the mean output is made up for by a bias, so that weights need to explain what varies only.
+    """
+    gram, weight = heard.gram, heard.weight[:, keep]
+    whole = None if gram is None else energy(heard.weight, gram)
+    if gram is not None and bias:
+        gram.addr_(heard.total, heard.total, alpha=-1 / heard.tokens)
+    if restore:
+        assert gram is not None, "a refit hears the Gram matrix"
+        weight = refit(heard.weight, gram, keep).to(weight.dtype)
+    mean = heard.total / heard.tokens
+    error = None
+    if gram is not None:
+        gap = heard.weight.clone()
+        gap[:, keep] -= weight
+        error = energy(gap, gram) / whole if whole else 0.0
+    return CutProjection(weight, heard.weight @ mean - weight @ mean[keep], error)
+
+
+def energy(weight: Tensor, gram: Tensor) -> float:
+    """||X Wᵀ||² from the Gram matrix of X alone."""
+    return float(((weight @ gram) * weight).sum())
 
 
 def apply(model: CausalLM, plan: WidthsPlan) -> CausalLM:
     """Cut the units and put the refitted projections in place."""
+    model = bias.switched_on(model, plan.flags)
     for name, kind in KINDS.items():
         model = kind.cut(model, {layer: kept for (of, layer), kept in plan.keep.items() if of == name})
-    refitted = {model.name(KINDS[name].role, layer): weight for (name, layer), weight in plan.refitted.items()}
-    return replace(model, weights={**model.weights, **refitted})
+    return replace(model, weights={**model.weights, **plan.refitted})
 
 
 WIDTHS: Stage[WidthsConfig, WidthsPlan] = Stage(plan, apply)
@@ -201,13 +262,6 @@ class _Ear:
         return Heard(self.weight, square, self.total, self.tokens, self.unit, gram)
 
 
-def output_error(dense: Tensor, cut: Tensor, keep: Tensor, gram: Tensor) -> float:
-    """||X Wᵀ - X_k W_kᵀ||² / ||X Wᵀ||² on the calibration inputs, from the Gram matrix alone."""
-    gap = dense.clone()
-    gap[:, keep] -= cut
-    return float(((gap @ gram) * gap).sum() / ((dense @ gram) * dense).sum())
-
-
 def unit_parameters(model: CausalLM, place: Place) -> int:
     """Parameters that one unit of a place costs."""
     name, layer = place
@@ -296,7 +350,7 @@ def _details(model: CausalLM, left: Mapping[Place, int], errors: Mapping[Place, 
 
 
 def _summary(model: CausalLM, config: WidthsConfig, left: Mapping[Place, int], errors: Mapping[Place, float]) -> str:
-    words = []
+    words = list[str]()
     for name in dict.fromkeys(of for of, _ in left):
         before = [KINDS[name].units(layer) for layer in model.spec.layers]
         after = [left.get((name, at), units) for at, units in enumerate(before)]

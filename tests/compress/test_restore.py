@@ -41,15 +41,28 @@ def test_the_change_is_damped_least_squares() -> None:
     x, gap, damping = rng.normal(size=(5000, 6)), rng.normal(size=(5000, 4)), 0.3
     ridge = np.sqrt(damping * (x**2).sum(0).mean())
     expected = np.linalg.lstsq(np.vstack([x, ridge * np.eye(6)]), np.vstack([gap, np.zeros((6, 4))]), rcond=None)[0].T
-    found = restore.explain(torch.from_numpy(gap).float(), torch.from_numpy(x).float(), damping)
+    found, shift = restore.explain(torch.from_numpy(gap).float(), torch.from_numpy(x).float(), damping)
     np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert not shift.any()
+
+
+def test_a_bias_takes_the_means_as_sklearns_ridge_does() -> None:
+    from sklearn.linear_model import Ridge
+
+    rng = np.random.default_rng(1)
+    x, gap, damping = rng.normal(2, 1, size=(5000, 6)), rng.normal(3, 1, size=(5000, 4)), 0.3
+    centred = x - x.mean(0)
+    expected = Ridge(alpha=damping * (centred**2).sum(0).mean()).fit(x, gap)
+    found, shift = restore.explain(torch.from_numpy(gap).float(), torch.from_numpy(x).float(), damping, intercept=True)
+    np.testing.assert_allclose(found, expected.coef_, atol=1e-4)
+    np.testing.assert_allclose(shift, expected.intercept_, atol=1e-3)
 
 
 def test_a_model_that_was_not_cut_is_left_as_it_is(any_tiny: Path) -> None:
     dense = load.load(str(any_tiny))
     plan = restore.plan(dense, RestoreConfig(), context_for(dense))
-    for layer, down in plan.down.items():
-        torch.testing.assert_close(down, dense.tensor("down", layer), atol=1e-4, rtol=1e-4)
+    for name, tensor in plan.refitted.items():
+        torch.testing.assert_close(tensor, dense.weights[name], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

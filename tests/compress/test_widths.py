@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flabc.compress import checkpoint, widths
+from flabc.compress import checkpoint, load, widths
 from flabc.compress.config import WidthsConfig
 from flabc.compress.model import CausalLM, cut_channels
 from flabc.compress.restore import refit
@@ -24,7 +24,7 @@ from flabc.compress.stage import Context
 from flabc.compress.walk import Walk, dense_variant
 from flabc.errors import StageError
 
-from .conftest import received
+from .conftest import read, received
 
 MakeContext = Callable[..., Context]
 
@@ -127,12 +127,21 @@ def test_the_plan_tells_the_error_it_makes_and_applies_as_it_says(
     down = {
         layer: theirs.model.layers[layer].mlp.down_proj.weight.detach()[:, list(k)] for layer, k in kept(made).items()
     }
-    down |= {layer: weight for (_, layer), weight in made.refitted.items()}
-    assert bool(made.refitted) == restore
+    names = [f"model.layers.{layer}.mlp.down_proj" for layer in down]
+    down |= {at: made.refitted[f"{name}.weight"] for at, name in enumerate(names) if restore}
+    biased = f"{names[0]}.bias" in ours.weights
+    wanted = {f"{name}.{what}" for name in names for what in ("weight",) * restore + ("bias",) * biased}
+    assert set(made.refitted) == wanted
     tokens = context.tokens(ours)
     for layer, x in enumerate(projection_inputs(theirs, tokens)):
         dense = x @ theirs.model.layers[layer].mlp.down_proj.weight.T
         gap = dense - x[:, list(kept(made)[layer])] @ down[layer].T
+        if biased:
+            bias = theirs.model.layers[layer].mlp.down_proj.bias
+            gap -= made.refitted[f"{names[layer]}.bias"] - bias
+            assert float(gap.detach().mean(0).abs().max()) < 1e-5  # a bias takes the mean, whatever else is done
+            with torch.no_grad():
+                bias.copy_(made.refitted[f"{names[layer]}.bias"])
         error = float((gap.square().sum() / dense.square().sum()).detach())
         assert made.details["ffn"]["relative_output_error"][str(layer)] == pytest.approx(error, rel=1e-2, abs=2e-5)
     loaded = saved(widths.apply(ours, made), tmp_path)
@@ -203,8 +212,74 @@ def test_the_refit_never_makes_the_output_worse(seed: int, keep: list[int]) -> N
     before = np.square(inputs @ weight.T - inputs[:, keep] @ weight[:, keep].T).sum()
     after = np.square(inputs @ weight.T - inputs[:, keep] @ new.numpy().T).sum()
     assert after <= before * (1 + 1e-5)
-    told = widths.output_error(w, new.double(), kept, gram)
-    assert told == pytest.approx(after / np.square(inputs @ weight.T).sum(), rel=1e-4, abs=1e-6)
+    heard = Heard(w.double(), gram.diagonal(), torch.from_numpy(inputs.sum(0)), len(inputs), gram=gram.clone())
+    told = widths.cut_projection(heard, kept, restore=True, bias=False)
+    assert torch.equal(told.weight.float(), new)
+    assert told.error == pytest.approx(after / np.square(inputs @ weight.T).sum(), rel=1e-4, abs=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    keep=st.sets(st.integers(0, 11), min_size=1, max_size=11).map(sorted),
+    restore=st.booleans(),
+)
+def test_a_bias_is_flaps_mean_or_the_intercept_of_least_squares(seed: int, keep: list[int], restore: bool) -> None:
+    inputs, weight, w, _ = problem(seed)
+    inputs = inputs + np.arange(12) / 3
+    gram = torch.from_numpy(inputs.T @ inputs)
+    heard = Heard(w.double(), gram.diagonal().clone(), torch.from_numpy(inputs.sum(0)), len(inputs), gram=gram)
+    cut = widths.cut_projection(heard, torch.tensor(keep), restore=restore, bias=True)
+    dense, gone = inputs @ weight.T, [at for at in range(12) if at not in keep]
+    left = dense - inputs[:, keep] @ cut.weight.double().numpy().T - cut.shift.double().numpy()
+    assert cut.error == pytest.approx(np.square(left).sum() / np.square(dense).sum(), rel=1e-3, abs=1e-6)
+    np.testing.assert_allclose(left.mean(0), 0, atol=1e-4)
+    if not restore:  # FLAP's compensation: what the removed inputs give on average
+        np.testing.assert_allclose(cut.shift, inputs[:, gone].mean(0) @ weight[:, gone].T, atol=1e-4)
+    else:  # the best line through any point: no worse than refitted without a bias
+        plain = inputs[:, keep] @ refit(w, torch.from_numpy(inputs.T @ inputs), torch.tensor(keep)).double().numpy().T
+        assert np.square(left).sum() <= np.square(dense - plain).sum() * (1 + 1e-2) + 1e-6
+
+
+@pytest.mark.parametrize("restore", [False, True])
+@pytest.mark.parametrize(("of", "role"), [("ffn", "mlp.down_proj"), ("heads", "self_attn.o_proj")])
+def test_biases_are_added_where_the_family_has_a_flag_for_them(
+    tiny: Callable[[str], Path], make_context: MakeContext, tmp_path: Path, of: str, role: str, restore: bool
+) -> None:
+    """A plain Llama comes out, whose first cut projection gives on average what the dense one gives."""
+    ours, theirs = read(tiny("llama-tied"))
+    context = make_context(ours)
+    made = widths.plan(ours, config_of(of=(of,), rate=0.5, score="wanda", restore=restore, bias="add"), context)
+    cut = widths.apply(ours, made)
+    assert cut.spec.flags == {"attention_bias": of == "heads", "mlp_bias": of == "ffn"}
+    found = saved(cut, tmp_path)
+    assert type(found).__name__ == "LlamaForCausalLM"
+    assert found.num_parameters() == cut.spec.num_parameters
+    means = []
+    for model in (found, theirs):
+        projection = model.model.layers[0].get_submodule(role)
+        (inputs,) = received(model, [projection], context.tokens(ours))
+        means.append(projection(inputs).flatten(0, 1).mean(0))
+    torch.testing.assert_close(means[0], means[1], atol=1e-5, rtol=1e-3)
+    assert found.model.layers[0].get_submodule(role).bias.abs().max() > 0
+
+
+def test_biases_that_are_added_count_towards_the_target(tiny: Callable[[str], Path], make_context: MakeContext) -> None:
+    ours = load.load(str(tiny("llama-tied")))
+    context = make_context(ours, keep=0.85)
+    cut = widths.apply(ours, widths.plan(ours, config_of(multiple_of=1, bias="add"), context))
+    assert context.target_parameters is not None
+    per_channel = len(ours.spec.layers) * (3 * ours.spec.hidden_size + 2)
+    assert context.target_parameters - per_channel < cut.spec.num_parameters <= context.target_parameters
+
+
+@pytest.mark.parametrize("of", [("ffn",), ("heads",)])
+def test_no_bias_is_added_where_the_family_knows_none(
+    tied: CausalLM, make_context: MakeContext, of: tuple[str, ...]
+) -> None:
+    made = widths.plan(tied, config_of(of=of, rate=0.5, bias="add"), make_context(tied))
+    assert made.flags == ()
+    assert widths.apply(tied, made).spec.flags == tied.spec.flags
 
 
 def test_the_refit_stands_inputs_that_repeat_each_other() -> None:
