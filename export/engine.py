@@ -12,9 +12,10 @@ import onnx_ir as ir
 
 from flabc.artifact import GRAPH, SCORING_GRAPH
 from flabc.console import progress
-from flabc.errors import ModelError, UnknownNameError
+from flabc.errors import UnknownNameError
 from flabc.spec import ModelSpec
 
+from .architecture import architecture
 from .dialects.onnxruntime_contrib import OnnxRuntimeDialect
 from .genai_config import genai_config
 from .graph import Graph, build
@@ -34,9 +35,6 @@ COPIED = (
 #: The weights that both graphs read.
 DATA = f"{GRAPH}.data"
 
-#: The families whose graph can be built.
-FAMILIES = ("llama", "qwen2")
-
 TARGETS = ("onnx",)
 PRECISIONS = ("fp32",)
 
@@ -52,41 +50,20 @@ def write(checkpoint: Path, spec: ModelSpec, out: Path) -> None:
     Raises:
         ModelError: if the graph cannot be built for this model, or a tensor is missing.
     """
-    check_exportable(spec)
     weights = CheckpointWeights(checkpoint, spec)
-    model = build(Graph(spec, weights), OnnxRuntimeDialect(spec))
+    known = architecture(spec, read_json(checkpoint / "config.json"))
+    model = build(Graph(spec, known, weights), OnnxRuntimeDialect(spec))
     total = len(model.graph.initializers)
     with progress("writing weights", total) as advance:
         ir.save(model, out / GRAPH, external_data=DATA, callback=lambda *_: advance(1))
     stored = {name: value.const_value for name, value in ir.load(out / GRAPH).graph.initializers.items()}
     external = {name: tensor for name, tensor in stored.items() if isinstance(tensor, ir.ExternalTensor)}
-    ir.save(build(Graph(spec, weights, external), OnnxRuntimeDialect(spec), scoring=True), out / SCORING_GRAPH)
+    ir.save(build(Graph(spec, known, weights, external), OnnxRuntimeDialect(spec), scoring=True), out / SCORING_GRAPH)
     for name in COPIED:
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, out / name)
     generation = read_json(checkpoint / "generation_config.json") or read_json(checkpoint / "config.json")
     write_json(out / "genai_config.json", genai_config(spec, generation))
-
-
-def check_exportable(spec: ModelSpec) -> None:
-    """Refuse a model whose graph this version cannot build.
-
-    Raises:
-        ModelError: naming what is not known.
-    """
-    if spec.family not in FAMILIES:
-        raise ModelError(
-            f"flabc cannot export {spec.family} models yet.",
-            expected=f"one of {', '.join(FAMILIES)}",
-            fix="Serve the checkpoint with transformers: it loads there.",
-        )
-    if spec.rope_type != "default":
-        raise ModelError(
-            "flabc cannot export scaled rotary positions yet.",
-            expected="rope_type 'default'",
-            found=repr(spec.rope_type),
-            fix="Serve the checkpoint with transformers: it loads there.",
-        )
 
 
 def check_choice(kind: str, value: str, known: tuple[str, ...]) -> None:

@@ -7,6 +7,9 @@ from typing import Any
 
 from flabc.spec import ModelSpec
 
+#: onnxruntime-genai runs all decoders alike but takes names that it knows only.
+_ALIASES = {"starcoder2": "llama"}
+
 
 def genai_config(spec: ModelSpec, generation: Mapping[str, Any]) -> dict[str, Any]:
     """The config for a spec.
@@ -47,7 +50,7 @@ def genai_config(spec: ModelSpec, generation: Mapping[str, Any]) -> dict[str, An
             "decoder": decoder,
             "eos_token_id": eos,
             "pad_token_id": pad if pad is not None else eos_first,
-            "type": spec.family,
+            "type": _ALIASES.get(spec.family, spec.family),
             "vocab_size": spec.vocab_size,
         },
         "search": {

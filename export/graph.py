@@ -18,10 +18,14 @@ from onnx_ir.tape import Tape
 
 from flabc.spec import LayerSpec, ModelSpec
 
+from .architecture import Architecture
 from .dialects.dialect import Dialect
 from .weights import Array, CheckpointWeights
 
 IR_VERSION = 10
+
+#: The projections whose output a sub-block adds to the residual stream.
+OUTPUTS = ("o", "down")
 
 
 @dataclass
@@ -30,12 +34,14 @@ class Graph:
 
     Args:
         spec: the model's shapes.
+        architecture: what it computes beyond them.
         weights: where tensors come from, when they are written.
         stored: initializers that already lie in a data file; those are referred to instead of written again.
         tape: records the nodes.
     """
 
     spec: ModelSpec
+    architecture: Architecture
     weights: CheckpointWeights
     stored: Mapping[str, ir.TensorProtocol] = field(default_factory=dict)
     tape: Tape = field(default_factory=Tape)
@@ -58,6 +64,21 @@ class Graph:
 
         return self._initializer(name, ir.LazyTensor(tensor, ir.DataType.FLOAT, ir.Shape(shape), name=name))
 
+    def scalar(self, name: str, value: float) -> ir.Value:
+        """A number that is part of the graph; one of each name."""
+        return self.constant(name, np.array(value, np.float32))
+
+    def norm_weight(self, role: str, layer: int | None) -> ir.Value:
+        """What a norm multiplies by, (D,) or (H,): the family's offset is in it."""
+        size = self.spec.axis_size(self.weights.spaces(role)[0])
+        offset = np.float32(self.architecture.family.norm_offset)
+        return self.weight(f"{_owner(layer)}.{role}.weight", (size,), lambda: self.weights.get(role, layer) + offset)
+
+    def norm_bias(self, role: str, layer: int | None) -> ir.Value:
+        """What a norm adds, (D,)."""
+        name, bias = f"{_owner(layer)}.{role}.bias", f"{role}_bias"
+        return self.weight(name, (self.spec.hidden_size,), lambda: self.weights.get(bias, layer))
+
     def op(self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
         """A node with one output."""
         return self.tape.op(kind, list(inputs), attributes or None, domain=domain)
@@ -69,21 +90,24 @@ class Graph:
         rows = [self._axes(role, shape) for role in roles]
         size = (rows[0][1], sum(out for out, _ in rows))
 
+        # What multiplies the output of a sub-block is in its last projection.
+        scale = np.float32(self.architecture.output_scale if roles[0] in OUTPUTS else 1)
+
         def transposed() -> Array:
-            return np.concatenate([self.weights.get(role, layer).T for role in roles], axis=1)
+            return np.concatenate([self.weights.get(role, layer).T for role in roles], axis=1) * scale
 
         y = self.op("MatMul", x, self.weight(f"{name}.weight", size, transposed))
         if not self.weights.has(f"{roles[0]}_bias", self.spec):
             return y
 
         def bias() -> Array:
-            return np.concatenate([self.weights.get(f"{role}_bias", layer) for role in roles])
+            return np.concatenate([self.weights.get(f"{role}_bias", layer) for role in roles]) * scale
 
         return self.op("Add", y, self.weight(f"{name}.bias", (size[1],), bias))
 
     def _axes(self, role: str, layer: LayerSpec) -> tuple[int, int]:
         """Rows and columns of a linear weight, as torch stores it."""
-        rows, columns = self.weights.axes(role)
+        rows, columns = self.weights.spaces(role)
         return self.spec.axis_size(rows, layer), self.spec.axis_size(columns, layer)
 
     def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
@@ -109,14 +133,15 @@ def build(graph: Graph, dialect: Dialect, *, scoring: bool = False) -> ir.Model:
         (spec.vocab_size, spec.hidden_size),
         lambda: graph.weights.get("embedding"),
     )
-    residual, branch = graph.op("Gather", embedding, ids), None  # (B, S, D)
+    residual, branch = _scaled(graph, graph.op("Gather", embedding, ids), "embedding"), None  # (B, S, D)
     for index, layer in enumerate(spec.layers):
         if layer.has_attention:
             x, residual = dialect.norm(graph, residual, branch, "attention_norm", index)
             branch = graph.linear(dialect.attention(graph, x, index), ("o",), index)
+            branch = _output_norm(graph, dialect, branch, "attention_output_norm", index)
         if layer.has_ffn:
             x, residual = dialect.norm(graph, residual, branch, "ffn_norm", index)
-            branch = _ffn(graph, x, index)
+            branch = _output_norm(graph, dialect, _ffn(graph, x, index), "ffn_output_norm", index)
     x, _ = dialect.norm(graph, residual, branch, "final_norm", None)
     if not scoring:
         x = dialect.last(graph, x)
@@ -124,11 +149,34 @@ def build(graph: Graph, dialect: Dialect, *, scoring: bool = False) -> ir.Model:
     return _model(graph, dialect, ids, logits, scoring)
 
 
+def _output_norm(graph: Graph, dialect: Dialect, branch: ir.Value, role: str, layer: int) -> ir.Value:
+    """The norm between a sub-block and the residual stream, in families that have one."""
+    return dialect.norm(graph, branch, None, role, layer)[0] if graph.architecture.family.has(role) else branch
+
+
 def _ffn(graph: Graph, x: ir.Value, layer: int) -> ir.Value:
-    """The gated FFN with SiLU, (B, S, D) to (B, S, D)."""
+    """The FFN, gated or not, (B, S, D) to (B, S, D)."""
+    activate = ACTIVATIONS[graph.architecture.activation]
+    up = graph.linear(x, ("up",), layer)
+    if not graph.architecture.gated:
+        return graph.linear(activate(graph, up), ("down",), layer)
     gate = graph.linear(x, ("gate",), layer)
-    silu = graph.op("Mul", gate, graph.op("Sigmoid", gate))
-    return graph.linear(graph.op("Mul", silu, graph.linear(x, ("up",), layer)), ("down",), layer)
+    return graph.linear(graph.op("Mul", activate(graph, gate), up), ("down",), layer)
+
+
+#: How each activation is spelt.
+ACTIVATIONS: dict[str, Callable[[Graph, ir.Value], ir.Value]] = {
+    "gelu": lambda graph, x: graph.op("Gelu", x),
+    "gelu_pytorch_tanh": lambda graph, x: graph.op("Gelu", x, approximate="tanh"),
+    "relu": lambda graph, x: graph.op("Relu", x),
+    "silu": lambda graph, x: graph.op("Mul", x, graph.op("Sigmoid", x)),
+}
+
+
+def _scaled(graph: Graph, x: ir.Value, what: str) -> ir.Value:
+    """X times the architecture's scale of that name; nothing where it is one."""
+    scale = getattr(graph.architecture, f"{what}_scale")
+    return x if scale == 1 else graph.op("Mul", x, graph.scalar(f"{what}_scale", scale))
 
 
 def _logits(graph: Graph, x: ir.Value, embedding: ir.Value) -> ir.Value:
@@ -139,7 +187,10 @@ def _logits(graph: Graph, x: ir.Value, embedding: ir.Value) -> ir.Value:
         shape = (spec.vocab_size, spec.hidden_size)
         matrix = graph.weight("lm_head.weight", shape, lambda: graph.weights.get("head"))
     flat = graph.op("Reshape", x, graph.constant("rows_of_hidden", np.array([-1, spec.hidden_size])))
-    product = graph.op("Gemm", flat, matrix, transB=1)  # (B * S, V)
+    product = _scaled(graph, graph.op("Gemm", flat, matrix, transB=1), "logits")  # (B * S, V)
+    if cap := graph.architecture.logits_softcap:
+        bound = graph.scalar("logits_softcap", cap)
+        product = graph.op("Mul", graph.op("Tanh", graph.op("Div", product, bound)), bound)
     outer = graph.op("Shape", x, start=0, end=2)
     size = graph.op("Concat", outer, graph.constant("vocab_size", np.array([spec.vocab_size])), axis=0)
     return graph.op("Reshape", product, size)
@@ -160,6 +211,10 @@ def _model(graph: Graph, dialect: Dialect, ids: ir.Value, logits: ir.Value, scor
         name=f"{spec.family}_scoring" if scoring else spec.family,
     )
     return ir.Model(inner, ir_version=IR_VERSION, producer_name="flabc")
+
+
+def _owner(layer: int | None) -> str:
+    return "model" if layer is None else f"model.layers.{layer}"
 
 
 def _input(name: str, dtype: ir.DataType, shape: tuple[str | int, ...]) -> ir.Value:

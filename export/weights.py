@@ -15,6 +15,12 @@ from flabc.spec import ModelSpec
 
 Array = npt.NDArray[Any]
 
+#: Projections that some families keep in one tensor, one after another.
+FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
+
+#: The place of each in its tensor.
+_SEGMENT = {"q": 0, "k": 1, "v": 2, "gate": 0, "up": 1}
+
 
 class CheckpointWeights:
     """The safetensors files of a Hugging Face folder, by the roles that the family gives its tensors.
@@ -23,7 +29,7 @@ class CheckpointWeights:
     """
 
     def __init__(self, folder: Path, spec: ModelSpec) -> None:
-        self._folder = folder
+        self._folder, self._spec = folder, spec
         self._slots = {slot.role: slot for slot in family_named(spec.family).layer_tensors}
         self._slots |= {slot.role: slot for slot in family_named(spec.family).tensors}
         self._safetensors = require("safetensors", "export")
@@ -39,19 +45,30 @@ class CheckpointWeights:
         Raises:
             ModelError: if the checkpoint lacks it.
         """
-        name = self._slots[role].name.format(layer=layer)
+        if role in self._slots:
+            return self._read(self._slots[role].name.format(layer=layer)).astype(np.float32)
+        slot = self._slots[FUSED[role]]
+        shape = None if layer is None else self._spec.layers[layer]
+        sizes = [self._spec.axis_size(space, shape) for space in slot.segments(0)]
+        begin, size = sum(sizes[: _SEGMENT[role]]), sizes[_SEGMENT[role]]
+        return self._read(slot.name.format(layer=layer))[begin : begin + size].astype(np.float32)
+
+    def _read(self, name: str) -> Array:
         file = self._folder / (self._files.get(name, "") if self._files is not None else "model.safetensors")
         try:
             with self._safetensors.safe_open(file, framework="numpy") as opened:
                 tensor: Array = opened.get_tensor(name)
         except (OSError, self._safetensors.SafetensorError) as error:
             raise ModelError(f"{self._folder} has no readable tensor {name!r}: {error}") from error
-        return tensor.astype(np.float32)
+        return tensor
 
-    def axes(self, role: str) -> tuple[Axis, Axis]:
-        """The spaces of a linear weight's rows and columns; its projections are not fused."""
-        (rows,), (columns,) = (self._slots[role].segments(axis) for axis in range(2))
-        return rows, columns
+    def spaces(self, role: str) -> tuple[Axis, ...]:
+        """The space of each axis of the tensor that plays a role."""
+        if role in self._slots:
+            slot = self._slots[role]
+            return tuple(slot.segments(axis)[0] for axis in range(len(slot.axes)))
+        slot = self._slots[FUSED[role]]
+        return slot.segments(0)[_SEGMENT[role]], slot.segments(1)[0]
 
     def has(self, role: str, spec: ModelSpec) -> bool:
         """Whether the family's flags give the model tensors of that role."""

@@ -49,6 +49,10 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 
+#: Positions scaled by YaRN, and such as turn half of every head.
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+HALF_TURNED = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+
 #: Variants: family, and what differs from ``TINY``.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
@@ -75,10 +79,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "llama-scaled": ("llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE}),
+    "llama-yarn": ("llama", {"tie_word_embeddings": True, "rope_parameters": YARN}),
+    "phi3-partial": ("phi3", {"tie_word_embeddings": False, "head_dim": 32, "rope_parameters": HALF_TURNED}),
 }
 
-#: Those that the export graph knows.
-EXPORTED = tuple(VARIANTS)[:4]
+#: The two most common families, tied and untied, with biases and without: enough where the family does not matter.
+COMMON = tuple(VARIANTS)[:4]
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -151,7 +157,7 @@ def short_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("short"), "llama-tied", max_position_embeddings=64)
 
 
-@pytest.fixture(params=EXPORTED)
+@pytest.fixture(params=COMMON)
 def any_tiny(request: pytest.FixtureRequest, tiny: Callable[[str], Path]) -> Path:
     """Every tiny model in turn."""
     return tiny(request.param)

@@ -12,11 +12,16 @@ from types import MappingProxyType
 import numpy as np
 import onnx_ir as ir
 
+from flabc.errors import ModelError
 from flabc.export.graph import Graph
-from flabc.export.weights import Array
 from flabc.spec import ModelSpec
 
+from .operations import head_norm, plain_norm, rotary_tables
+
 MICROSOFT = "com.microsoft"
+
+#: GroupQueryAttention turns a multiple of this many pairs of numbers.
+ROTARY_STEP = 8
 
 
 class OnnxRuntimeDialect:
@@ -48,26 +53,27 @@ class OnnxRuntimeDialect:
         scalar = graph.op("Squeeze", longest, graph.constant("zero", np.array([0])))
         self._total = graph.op("Cast", scalar, to=ir.DataType.INT32)
         self._new = graph.op("Shape", ids, start=1, end=2)  # S
-        self._cos, self._sin = (
-            graph.constant(f"{name}_cache", table)
-            for name, table in zip(("cos", "sin"), rotary(graph.spec), strict=True)
-        )
+        for rotary in graph.architecture.rotary.values():
+            if len(rotary.frequencies) % ROTARY_STEP:
+                raise ModelError(
+                    "ONNX Runtime cannot turn heads by this many angles.",
+                    expected=f"a multiple of {ROTARY_STEP}",
+                    found=str(len(rotary.frequencies)),
+                    fix="Serve the checkpoint with transformers: it loads there.",
+                )
+        self._tables = {kind: rotary_tables(graph, kind) for kind in dict.fromkeys(graph.architecture.layer_types)}
 
     def norm(
         self, graph: Graph, residual: ir.Value, branch: ir.Value | None, role: str, layer: int | None
     ) -> tuple[ir.Value, ir.Value]:
-        """RMSNorm of residual + branch, and that sum."""
-        prefix = "model" if layer is None else f"model.layers.{layer}"
-        weight = graph.weight(
-            f"{prefix}.{role}.weight", (graph.spec.hidden_size,), lambda: graph.weights.get(role, layer)
-        )
-        epsilon = graph.spec.rms_norm_eps
+        """RMSNorm, or LayerNorm, of residual + branch, and that sum."""
+        weight, epsilon = graph.norm_weight(role, layer), graph.spec.rms_norm_eps
+        bias = [graph.norm_bias(role, layer)] if graph.architecture.layer_norm else []
         if branch is None:
-            normed = graph.op("RMSNormalization", residual, weight, axis=-1, epsilon=epsilon, stash_type=1)
-            return normed, residual
+            return plain_norm(graph, residual, [weight, *bias], epsilon), residual
         outputs = graph.tape.op_multi_out(
-            "SkipSimplifiedLayerNormalization",
-            [residual, branch, weight],
+            "SkipLayerNormalization" if bias else "SkipSimplifiedLayerNormalization",
+            [residual, branch, weight, *bias],
             {"epsilon": epsilon},
             num_outputs=4,
             domain=MICROSOFT,
@@ -76,20 +82,33 @@ class OnnxRuntimeDialect:
         return outputs[0], outputs[3]
 
     def attention(self, graph: Graph, x: ir.Value, layer: int) -> ir.Value:
-        """One product for query, key and value, then GroupQueryAttention."""
-        shape = graph.spec.layers[layer]
-        packed = graph.linear(x, ("q", "k", "v"), layer)
-        past = [self._past[f"{layer}.{kind}"] for kind in ("key", "value")]
-        outputs = [ir.Value(), *(self._present[f"{layer}.{kind}"] for kind in ("key", "value"))]
-        inputs = [packed, None, None, *past, self._last_index, self._total, self._cos, self._sin]
+        """One product for query, key and value, or three where heads are normed; then GroupQueryAttention."""
+        shape, architecture = graph.spec.layers[layer], graph.architecture
+        kind = architecture.layer_types[layer]
+        past = [self._past[f"{layer}.{name}"] for name in ("key", "value")]
+        outputs = [ir.Value(), *(self._present[f"{layer}.{name}"] for name in ("key", "value"))]
+        states = self._states(graph, x, layer)
+        inputs = [*states, *past, self._last_index, self._total, *self._tables[kind]]
         attributes = {
             "num_heads": shape.num_attention_heads,
             "kv_num_heads": shape.num_key_value_heads,
-            "scale": graph.spec.head_dim**-0.5,
+            "scale": architecture.attention_scale,
             "do_rotary": 1,
         }
+        if window := architecture.windows[kind]:
+            attributes["local_window_size"] = window
+        if architecture.attention_softcap:
+            attributes["softcap"] = architecture.attention_softcap
         graph.tape.op_multi_out("GroupQueryAttention", inputs, attributes, outputs=outputs, domain=MICROSOFT)
         return outputs[0]
+
+    def _states(self, graph: Graph, x: ir.Value, layer: int) -> list[ir.Value | None]:
+        """Query, key and value as the operator takes them: packed, or (B, S, heads * H) each."""
+        if not graph.architecture.family.has("q_norm"):
+            return [graph.linear(x, ("q", "k", "v"), layer), None, None]
+        # Only the CUDA provider norms heads inside the operator.
+        query, key = (head_norm(graph, graph.linear(x, (role,), layer), role, layer) for role in ("q", "k"))
+        return [query, key, graph.linear(x, ("v",), layer)]
 
     def last(self, graph: Graph, x: ir.Value) -> ir.Value:
         """Row b's last token stands at min(length - 1, S - 1): in a prompt it is padded behind, later S is 1."""
@@ -98,14 +117,6 @@ class OnnxRuntimeDialect:
         index = graph.op("Unsqueeze", index, graph.constant("one", np.array([1])))  # (B, 1)
         picked = graph.op("GatherND", x, index, batch_dims=1)  # (B, D)
         return graph.op("Unsqueeze", picked, graph.constant("one", np.array([1])))
-
-
-def rotary(spec: ModelSpec) -> tuple[Array, Array]:
-    """Cosines and sines of every position, (max_position_embeddings, H / 2) each (RoFormer, Su et al., 2021)."""
-    exponents = np.arange(0, spec.head_dim, 2, dtype=np.float32) / np.float32(spec.head_dim)
-    frequencies = (1.0 / spec.rope_theta**exponents).astype(np.float32)
-    angles = np.outer(np.arange(spec.max_position_embeddings, dtype=np.float32), frequencies)
-    return np.cos(angles), np.sin(angles)
 
 
 def _cache_names(spec: ModelSpec) -> list[str]:

@@ -80,6 +80,12 @@ class Family:
         normed_outputs: whether a norm stands between a sub-block's output projection and the residual stream.
         typed_masks: whether the model takes a mask for each type of layer, instead of one for all.
         eager: whether transformers computes its attention right only without fused kernels.
+        activation: the config key of the FFN's activation.
+        norm_offset: what is added to a norm's weight before it multiplies.
+        embedding_root: whether embedded tokens are multiplied by the root of hidden_size.
+        attention_multiplier: the config key of what attention scores are multiplied by.
+        query_scalar: the config key of the number by whose root attention scores are divided.
+        attention_softcapping: the config key of the bound that attention scores are bent to.
     """
 
     name: str
@@ -99,6 +105,16 @@ class Family:
     normed_outputs: bool = False
     typed_masks: bool = False
     eager: bool = False
+    activation: str = "hidden_act"
+    norm_offset: float = 0.0
+    embedding_root: bool = False
+    attention_multiplier: str | None = None
+    query_scalar: str | None = None
+    attention_softcapping: str | None = None
+
+    def has(self, role: str) -> bool:
+        """Whether models of the family have, or may have, tensors of that role."""
+        return any(slot.role == role for slot in (*self.tensors, *self.layer_tensors))
 
     def finished(self, logits: Any, config: Mapping[str, Any]) -> Any:
         """What the model makes of the output matrix's product, a torch tensor: divided, and bent to a bound."""

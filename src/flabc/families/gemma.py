@@ -24,6 +24,11 @@ GEMMA2 = Family(
     logits_softcapping="final_logit_softcapping",
     normed_outputs=True,
     typed_masks=True,
+    activation="hidden_activation",
+    norm_offset=1.0,
+    embedding_root=True,
+    query_scalar="query_pre_attn_scalar",
+    attention_softcapping="attn_logit_softcapping",
     eager=True,  # attention scores are soft-capped, which the fused kernels leave out
 )
 
@@ -40,4 +45,8 @@ GEMMA3 = Family(
     logits_softcapping="final_logit_softcapping",
     normed_outputs=True,
     typed_masks=True,
+    activation="hidden_activation",
+    norm_offset=1.0,
+    embedding_root=True,
+    query_scalar="query_pre_attn_scalar",
 )

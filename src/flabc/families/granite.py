@@ -14,4 +14,5 @@ GRANITE = Family(
     embedding_multiplier="embedding_multiplier",
     output_multiplier="residual_multiplier",
     logits_scaling="logits_scaling",
+    attention_multiplier="attention_multiplier",
 )
