@@ -130,6 +130,8 @@ def _parsed(spec: ModelSpec, config: Mapping[str, Any]) -> Any:
 
     fields = {key: value for key, value in plain_view(config).items() if key not in ("model_type", "architectures")}
     fields |= {"head_dim": spec.head_dim, "num_hidden_layers": len(spec.layers)}
+    for heads in ("num_attention_heads", "num_key_value_heads"):  # 0 if no layer attends, and some divide by them
+        fields[heads] = fields.get(heads) or 1
     unchecked: Any = type("LayerConfig", (CONFIG_MAPPING[spec.family],), {"validate": lambda self: None})
     return unchecked(**fields)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from flabc.errors import UnknownNameError
 from flabc.spec import ModelSpec
 
 from .architecture import architecture
+from .dialects.dialect import Dialect
 from .dialects.onnxruntime_contrib import OnnxRuntimeDialect
+from .dialects.standard import StandardDialect
 from .genai_config import genai_config
 from .graph import Graph, build
 from .weights import CheckpointWeights
@@ -35,45 +37,53 @@ COPIED = (
 #: The weights that both graphs read.
 DATA = f"{GRAPH}.data"
 
-TARGETS = ("onnx",)
+#: What can be exported to, and how its graph is spelt.
+TARGETS: dict[str, Callable[[ModelSpec], Dialect]] = {
+    "onnx": OnnxRuntimeDialect,
+    "onnx-standard": StandardDialect,
+}
 PRECISIONS = ("fp32",)
 
 
-def write(checkpoint: Path, spec: ModelSpec, out: Path) -> None:
+def write(checkpoint: Path, spec: ModelSpec, out: Path, target: str = "onnx") -> None:
     """Write graphs, weights, tokenizer and configs into ``out``.
 
     Args:
         checkpoint: a Hugging Face folder with safetensors.
         spec: its shapes.
         out: a folder that exists.
+        target: one of ``TARGETS``.
 
     Raises:
         ModelError: if the graph cannot be built for this model, or a tensor is missing.
     """
     weights = CheckpointWeights(checkpoint, spec)
     known = architecture(spec, read_json(checkpoint / "config.json"))
-    model = build(Graph(spec, known, weights), OnnxRuntimeDialect(spec))
+    dialect = TARGETS[target]
+    model = build(Graph(spec, known, weights), dialect(spec))
     total = len(model.graph.initializers)
     with progress("writing weights", total) as advance:
         ir.save(model, out / GRAPH, external_data=DATA, callback=lambda *_: advance(1))
     stored = {name: value.const_value for name, value in ir.load(out / GRAPH).graph.initializers.items()}
     external = {name: tensor for name, tensor in stored.items() if isinstance(tensor, ir.ExternalTensor)}
-    ir.save(build(Graph(spec, known, weights, external), OnnxRuntimeDialect(spec), scoring=True), out / SCORING_GRAPH)
+    ir.save(build(Graph(spec, known, weights, external), dialect(spec), scoring=True), out / SCORING_GRAPH)
     for name in COPIED:
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, out / name)
+    if dialect is not OnnxRuntimeDialect:
+        return
     generation = read_json(checkpoint / "generation_config.json") or read_json(checkpoint / "config.json")
     write_json(out / "genai_config.json", genai_config(spec, generation))
 
 
-def check_choice(kind: str, value: str, known: tuple[str, ...]) -> None:
+def check_choice(kind: str, value: str, known: Iterable[str]) -> None:
     """Refuse a target or precision that this version cannot make.
 
     Raises:
         UnknownNameError: naming those it can.
     """
     if value not in known:
-        raise UnknownNameError(kind, value, known)
+        raise UnknownNameError(kind, value, list(known))
 
 
 def read_json(file: Path) -> dict[str, Any]:

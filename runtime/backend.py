@@ -114,8 +114,12 @@ class Backend(Protocol):
 #: The backends by name, as ``module:function``; the function takes a folder, its spec and limits.
 BACKENDS = {
     "onnxruntime": "flabc.runtime.backends.ort:open_backend",
+    "onnxruntime-static": "flabc.runtime.backends.static_cache:open_backend",
     "torch": "flabc.runtime.backends.reference:open_backend",
 }
+
+#: Which backend runs an engine that was exported to a target.
+RUNS = {"onnx": "onnxruntime", "onnx-standard": "onnxruntime-static"}
 
 
 def open_backend(name: str, folder: Path, spec: ModelSpec, limits: Limits) -> Backend:

@@ -14,7 +14,7 @@ from flabc.errors import EngineError
 from flabc.spec import ModelSpec
 
 from .answer import Answer, FinishReason, Generation
-from .backend import Backend, Limits, open_backend
+from .backend import RUNS, Backend, Limits, open_backend
 from .sampling import SamplingParams, sampler
 from .text import Message, TextCodec
 
@@ -50,8 +50,8 @@ class Session:
             MissingExtraError: if the backend is not installed.
         """
         folder, limits = Path(folder), limits or Limits()
-        spec, kind = _read_spec(folder)
-        name = backend if backend != "auto" else {"engine": "onnxruntime"}.get(kind, "torch")
+        spec, runs = _read_spec(folder)
+        name = backend if backend != "auto" else runs
         bounded = replace(limits, max_length=min(limits.max_length, spec.max_position_embeddings))
         return cls(open_backend(name, folder, spec, bounded), TextCodec(folder))
 
@@ -129,13 +129,13 @@ class Session:
 
 
 def _read_spec(folder: Path) -> tuple[ModelSpec, str]:
-    """The spec of a model folder, and what kind of folder it is."""
+    """The spec of a model folder, and the backend that runs it."""
     if Artifact.is_at(folder):
         manifest = Artifact.open(folder).manifest
         if manifest.spec is None:
             raise EngineError(f"{folder} is a {manifest.kind}, which cannot be run.")
-        return manifest.spec, manifest.kind
+        return manifest.spec, RUNS[manifest.target or "onnx"] if manifest.kind == "engine" else "torch"
     config = folder / "config.json"
     if not config.is_file():
         raise EngineError(f"{folder} is no model.", expected="an engine or checkpoint of flabc, or a config.json")
-    return ModelSpec.from_config(json.loads(config.read_text(encoding="utf-8"))), "model"
+    return ModelSpec.from_config(json.loads(config.read_text(encoding="utf-8"))), "torch"

@@ -198,6 +198,14 @@ def tiny_engine(tiny_checkpoint: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_standard_engine(tiny_checkpoint: Path) -> Path:
+    """The engine of ``tiny_checkpoint`` in the standard's operators."""
+    out = tiny_checkpoint.parent / "standard-engine"
+    api.export(tiny_checkpoint, out, target="onnx-standard")
+    return out
+
+
+@pytest.fixture(scope="session")
 def tiny_dense_engine(tiny: Callable[[str], Path], tiny_checkpoint: Path) -> Path:
     """The engine of the model that ``tiny_checkpoint`` was cut from."""
     out = tiny_checkpoint.parent / "dense-engine"

@@ -16,7 +16,7 @@ from flabc.errors import ModelError
 from flabc.export.graph import Graph
 from flabc.spec import ModelSpec
 
-from .operations import head_norm, plain_norm, rotary_tables
+from .operations import cache_names, cache_value, head_norm, plain_norm, rotary_tables, value
 
 MICROSOFT = "com.microsoft"
 
@@ -30,9 +30,9 @@ class OnnxRuntimeDialect:
     opsets: Mapping[str, int] = MappingProxyType({"": 23, MICROSOFT: 1})
 
     def __init__(self, spec: ModelSpec) -> None:
-        self._mask = _value("attention_mask", ir.DataType.INT64, ("batch", "total"))
-        self._past = {name: _cache("past_key_values", name, "past", spec) for name in _cache_names(spec)}
-        self._present = {name: _cache("present", name, "total", spec) for name in _cache_names(spec)}
+        self._mask = value("attention_mask", ir.DataType.INT64, ("batch", "total"))
+        self._past = {name: cache_value("past_key_values", name, "past", spec) for name in cache_names(spec)}
+        self._present = {name: cache_value("present", name, "total", spec) for name in cache_names(spec)}
 
     @property
     def inputs(self) -> list[ir.Value]:
@@ -117,16 +117,3 @@ class OnnxRuntimeDialect:
         index = graph.op("Unsqueeze", index, graph.constant("one", np.array([1])))  # (B, 1)
         picked = graph.op("GatherND", x, index, batch_dims=1)  # (B, D)
         return graph.op("Unsqueeze", picked, graph.constant("one", np.array([1])))
-
-
-def _cache_names(spec: ModelSpec) -> list[str]:
-    return [f"{i}.{kind}" for i, layer in enumerate(spec.layers) if layer.has_attention for kind in ("key", "value")]
-
-
-def _cache(prefix: str, name: str, length: str, spec: ModelSpec) -> ir.Value:
-    heads = spec.layers[int(name.split(".")[0])].num_key_value_heads
-    return _value(f"{prefix}.{name}", ir.DataType.FLOAT, ("batch", heads, length, spec.head_dim))
-
-
-def _value(name: str, dtype: ir.DataType, shape: tuple[str | int, ...]) -> ir.Value:
-    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from flabc.export.graph import Graph
+from flabc.spec import ModelSpec
 
 
 def plain_norm(graph: Graph, x: ir.Value, parameters: Sequence[ir.Value], epsilon: float) -> ir.Value:
@@ -26,7 +27,24 @@ def head_norm(graph: Graph, x: ir.Value, role: str, layer: int) -> ir.Value:
 def rotary_tables(graph: Graph, kind: str) -> tuple[ir.Value, ir.Value]:
     """Cosines and sines for a type of layer, (max_position_embeddings, R / 2) each; stored once where types agree."""
     rotary = graph.architecture.rotary
-    same = next(name for name, other in rotary.items() if np.array_equal(other.frequencies, rotary[kind].frequencies))
+    tables = {name: each.tables(graph.spec.max_position_embeddings) for name, each in rotary.items()}
+    cos, sin = tables[kind]
+    same = next(name for name, (c, s) in tables.items() if np.array_equal(c, cos) and np.array_equal(s, sin))
     suffix = "" if same == next(iter(rotary)) else f"_{same}"
-    cos, sin = rotary[kind].tables(graph.spec.max_position_embeddings)
     return graph.constant(f"cos_cache{suffix}", cos), graph.constant(f"sin_cache{suffix}", sin)
+
+
+def cache_names(spec: ModelSpec) -> list[str]:
+    """The keys and the values of every layer that attends, as ``LAYER.key`` and ``LAYER.value``."""
+    return [f"{i}.{kind}" for i, layer in enumerate(spec.layers) if layer.has_attention for kind in ("key", "value")]
+
+
+def cache_value(prefix: str, name: str, length: str, spec: ModelSpec) -> ir.Value:
+    """A layer's keys or values as an input or output of the graph, (B, KV heads, length, H)."""
+    heads = spec.layers[int(name.split(".")[0])].num_key_value_heads
+    return value(f"{prefix}.{name}", ir.DataType.FLOAT, ("batch", heads, length, spec.head_dim))
+
+
+def value(name: str, dtype: ir.DataType, shape: tuple[str | int, ...]) -> ir.Value:
+    """An input or output of the graph."""
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))

@@ -34,17 +34,12 @@ class OrtBackend:
     name = "onnxruntime"
 
     def __init__(self, folder: Path, spec: ModelSpec, limits: Limits) -> None:
-        if limits.dtype != "float32":
-            raise EngineError(
-                "An engine computes in the precision that it was exported in.",
-                expected="float32",
-                found=limits.dtype,
-            )
+        check_dtype(limits)
         self.spec = spec
         self.limits = limits
         self._ort = require("onnxruntime", "cpu")
         self._folder = folder
-        self._session = self._open(GRAPH)
+        self._session = open_graph(folder / GRAPH, limits)
         # One buffer per layer and kind for the longest sequence: bound as past and as present, so that
         # GroupQueryAttention appends in place instead of copying the whole cache at every token.
         self._cache: dict[str, Logits] = {
@@ -59,7 +54,7 @@ class OrtBackend:
 
     @cached_property
     def _scorer(self) -> Any:
-        return self._open(SCORING_GRAPH)
+        return open_graph(self._folder / SCORING_GRAPH, self.limits)
 
     def start(self, batch: int) -> None:
         """Forget all sequences and begin ``batch`` new ones."""
@@ -132,32 +127,53 @@ class OrtBackend:
         """Where the binding lists the logits: it orders outputs as they were bound."""
         return len(self._cache)
 
-    def _open(self, graph: str) -> Any:
-        options = self._ort.SessionOptions()
-        options.log_severity_level = 3
-        if self.limits.threads is not None:
-            options.intra_op_num_threads = self.limits.threads
-        file, providers = self._folder / graph, self._providers()
-        try:
-            session = self._ort.InferenceSession(str(file), options, providers=providers)
-        except Exception as error:  # onnxruntime's exceptions share no public root
-            raise EngineError(f"ONNX Runtime cannot open {file}: {error}") from error
-        # A provider whose libraries do not load is dropped with no more than a warning.
-        if providers[0] not in session.get_providers():
-            raise _no_provider(providers[0], session.get_providers())
-        return session
 
-    def _providers(self) -> list[str]:
-        """The execution providers to ask for; never fewer than the caller asked for."""
-        available = self._ort.get_available_providers()
-        if self.limits.provider == "auto":
-            return [PROVIDERS["cpu"]]
-        if self.limits.provider not in PROVIDERS:
-            raise UnknownNameError("provider", self.limits.provider, ["auto", *PROVIDERS])
-        wanted = PROVIDERS[self.limits.provider]
-        if wanted not in available:
-            raise _no_provider(wanted, available)
-        return [wanted]
+def open_graph(file: Path, limits: Limits) -> Any:
+    """An ONNX Runtime session on a graph.
+
+    Raises:
+        MissingExtraError: if onnxruntime is not installed.
+        EngineError: if ONNX Runtime refuses the graph or does not have the provider asked for.
+        UnknownNameError: if there is no such provider.
+    """
+    runtime = require("onnxruntime", "cpu")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    if limits.threads is not None:
+        options.intra_op_num_threads = limits.threads
+    providers = _providers(runtime.get_available_providers(), limits.provider)
+    try:
+        session = runtime.InferenceSession(str(file), options, providers=providers)
+    except Exception as error:  # onnxruntime's exceptions share no public root
+        raise EngineError(f"ONNX Runtime cannot open {file}: {error}") from error
+    # A provider whose libraries do not load is dropped with no more than a warning.
+    if providers[0] not in session.get_providers():
+        raise _no_provider(providers[0], session.get_providers())
+    return session
+
+
+def check_dtype(limits: Limits) -> None:
+    """An engine computes in one precision only.
+
+    Raises:
+        EngineError: if another is asked for.
+    """
+    if limits.dtype != "float32":
+        raise EngineError(
+            "An engine computes in the precision that it was exported in.", expected="float32", found=limits.dtype
+        )
+
+
+def _providers(available: Sequence[str], asked: str) -> list[str]:
+    """The execution providers to ask for; never fewer than the caller asked for."""
+    if asked == "auto":
+        return [PROVIDERS["cpu"]]
+    if asked not in PROVIDERS:
+        raise UnknownNameError("provider", asked, ["auto", *PROVIDERS])
+    wanted = PROVIDERS[asked]
+    if wanted not in available:
+        raise _no_provider(wanted, available)
+    return [wanted]
 
 
 def _no_provider(wanted: str, found: Sequence[str]) -> EngineError:

@@ -311,7 +311,7 @@ def export(
     Args:
         model: a checkpoint folder, or whatever ``compress`` takes as a model.
         output: the folder to write.
-        target: ``onnx``.
+        target: ``onnx`` for ONNX Runtime's fused operators, ``onnx-standard`` for those of the ONNX standard alone.
         precision: ``fp32``.
         tie: as for ``compress``.
         force: replace a folder that is not empty.
@@ -330,9 +330,9 @@ def export(
         model_folder(str(model), tie=tie) as (folder, spec, made),
         artifact.create(output, "engine", force=force) as draft,
     ):
-        engine.write(folder, spec, draft.path)
-        draft.spec = spec
-        parity = _prove(draft.path, folder, spec)
+        engine.write(folder, spec, draft.path, target)
+        draft.spec, draft.target = spec, target
+        parity = _prove(draft.path, folder, spec, target)
         if made is not None:
             draft.recipe, draft.source, draft.seed = made.recipe, made.source, made.seed
             draft.receipts = dict(made.receipts)
@@ -613,11 +613,11 @@ def _prompts(corpus: str, workload: Workload) -> list[str]:
     return texts[: workload.rounds]
 
 
-def _prove(engine: Path, folder: Path, spec: ModelSpec) -> dict[str, Any]:
+def _prove(engine: Path, folder: Path, spec: ModelSpec, target: str) -> dict[str, Any]:
     """Compare an engine that is still a draft with torch on the checkpoint it was made from."""
     require("torch", "compress")
     from flabc.export import parity
-    from flabc.runtime.backend import Limits, open_backend
+    from flabc.runtime.backend import RUNS, Limits, open_backend
     from flabc.runtime.text import TextCodec
 
     length = max(parity.LENGTHS) + parity.STEPS
@@ -628,7 +628,7 @@ def _prove(engine: Path, folder: Path, spec: ModelSpec) -> dict[str, Any]:
             found=str(spec.max_position_embeddings),
         )
     limits = Limits(max_batch=len(parity.LENGTHS), max_length=length)
-    candidate = open_backend("onnxruntime", engine, spec, limits)
+    candidate = open_backend(RUNS[target], engine, spec, limits)
     reference = open_backend("torch", folder, spec, limits)
     text = Path(parity.__file__).read_text(encoding="utf-8")  # code, and always at hand
     ids = TextCodec(folder).encode_plain(text)

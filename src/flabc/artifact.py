@@ -49,12 +49,13 @@ class SourceRecord(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The content of ``flabc.json``."""
+    """The content of ``flabc.json``. ``target`` is what an engine was exported to."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = SCHEMA_VERSION
     kind: Kind
+    target: str | None = None
     created: datetime
     spec: ModelSpec | None = None
     recipe: dict[str, Any] | None = None
@@ -100,6 +101,7 @@ class Draft:
 
     path: Path
     kind: Kind
+    target: str | None = None
     spec: ModelSpec | None = None
     recipe: dict[str, Any] | None = None
     source: SourceRecord | None = None
@@ -115,6 +117,7 @@ class Draft:
         }
         manifest = Manifest(
             kind=self.kind,
+            target=self.target,
             created=datetime.now(UTC).replace(microsecond=0),
             spec=self.spec,
             recipe=self.recipe,

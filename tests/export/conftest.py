@@ -27,13 +27,16 @@ def every_tiny(request: pytest.FixtureRequest, tiny: Callable[[str], Path]) -> P
     return tiny(request.param)
 
 
+@pytest.fixture(params=engine.TARGETS)
+def target(request: pytest.FixtureRequest) -> str:
+    """Every target in turn."""
+    return str(request.param)
+
+
 @pytest.fixture
 def uneven(every_tiny: Path, tmp_path: Path) -> tuple[CausalLM, Path]:
-    """Every tiny model in turn with uneven layers, and its engine."""
-    model = made_uneven(load.load(str(every_tiny)))
-    folder, out = tmp_path / "uneven", tmp_path / "uneven-engine"
+    """Every tiny model in turn with uneven layers, and its checkpoint."""
+    model, folder = made_uneven(load.load(str(every_tiny))), tmp_path / "uneven"
     folder.mkdir()
-    out.mkdir()
     checkpoint.write(model, folder)
-    engine.write(folder, model.spec, out)
-    return model, out
+    return model, folder

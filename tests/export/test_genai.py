@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from flabc.compress.model import CausalLM
+from flabc.export.engine import write
 from flabc.runtime.backend import Limits, open_backend
 from flabc.runtime.sampling import SamplingParams
 from flabc.runtime.session import Session
@@ -47,7 +48,10 @@ def test_greedy_tokens_are_the_same(engine: str, prompt: str, request: pytest.Fi
     check(Session.open(folder), folder, prompt)
 
 
-def test_layers_may_differ_in_heads_and_lack_attention(uneven: tuple[CausalLM, Path]) -> None:
-    model, folder = uneven
+def test_layers_may_differ_in_heads_and_lack_attention(uneven: tuple[CausalLM, Path], tmp_path: Path) -> None:
+    model, checkpoint = uneven
+    folder = tmp_path / "engine"
+    folder.mkdir()
+    write(checkpoint, model.spec, folder)
     session = Session(open_backend("onnxruntime", folder, model.spec, Limits(max_length=64)), TextCodec(folder))
     check(session, folder, PROMPTS[0])

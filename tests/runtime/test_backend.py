@@ -19,9 +19,9 @@ from flabc.runtime.session import Session
 IDS = np.random.default_rng(1).integers(3, 500, (2, 9))
 
 
-@pytest.fixture(params=["tiny_engine", "tiny_checkpoint"])
+@pytest.fixture(params=["tiny_engine", "tiny_standard_engine", "tiny_checkpoint"])
 def folder(request: pytest.FixtureRequest) -> Path:
-    """An engine for ONNX Runtime, then a checkpoint for torch."""
+    """Engines for ONNX Runtime, then a checkpoint for torch."""
     found: Path = request.getfixturevalue(request.param)
     return found
 
@@ -30,9 +30,10 @@ def opened(folder: Path, **limits: Any) -> Backend:
     return Session.open(folder, limits=Limits(**limits)).backend
 
 
-def test_backends_agree_on_a_ragged_batch(tiny_engine: Path, tiny_checkpoint: Path) -> None:
+@pytest.mark.parametrize("engine", ["tiny_engine", "tiny_standard_engine"])
+def test_backends_agree_on_a_ragged_batch(engine: str, tiny_checkpoint: Path, request: pytest.FixtureRequest) -> None:
     answers = []
-    for folder in (tiny_engine, tiny_checkpoint):
+    for folder in (request.getfixturevalue(engine), tiny_checkpoint):
         backend = opened(folder, max_batch=2)
         backend.start(2)
         backend.extend(IDS, np.array([4, 9]))
@@ -64,6 +65,25 @@ def test_torch_says_in_a_ragged_batch_what_transformers_says_of_each_row(
     np.testing.assert_allclose(second, [said[0][5], said[1][40]], atol=2e-4)
     np.testing.assert_allclose(joined, [said[2][8]], atol=2e-4)
     np.testing.assert_allclose(third, [each[-1] for each in said], atol=2e-4)
+
+
+def test_a_static_cache_takes_ragged_chunks_up_to_its_last_place(
+    tiny_standard_engine: Path, tiny_checkpoint: Path
+) -> None:
+    """Rows grow by different numbers of tokens at once; padding never falls on what another step has written."""
+    ids = np.random.default_rng(2).integers(3, 500, (2, 20))
+    said = opened(tiny_checkpoint).score(ids)
+    backend = opened(tiny_standard_engine, max_batch=2, max_length=20)
+    backend.start(2)
+    lengths = np.zeros(2, int)
+    for counts in ([5, 2], [1, 9], [6, 1], [7, 2], [1, 6]):
+        chunk = np.zeros((2, max(counts)), np.int64)
+        for row, count in enumerate(counts):
+            chunk[row, :count] = ids[row, lengths[row] : lengths[row] + count]
+        lengths += counts
+        found = backend.extend(chunk, np.array(counts))
+        np.testing.assert_allclose(found, said[[0, 1], lengths - 1], atol=2e-4)
+    assert lengths.tolist() == [20, 20]
 
 
 def test_logits_that_were_given_out_do_not_change_later(folder: Path) -> None:
