@@ -74,15 +74,18 @@ class Allocation:
     Args:
         allot: from pools, the parameters to remove and the recipe's ``slope`` to the units that each pool keeps.
         ranks: whether it needs to know what each unit is worth.
+        measured: whether that is measured on the whole model, as KL (see ``sensitivity``), instead of by the score.
     """
 
     allot: Callable[[Pools, float, float], list[int]]
     ranks: bool
+    measured: bool = False
 
 
 #: By their names in recipes.
 ALLOCATIONS = {
     "global": Allocation(standardised, ranks=True),
+    "kl": Allocation(marginal, ranks=True, measured=True),
     "marginal": Allocation(marginal, ranks=True),
     "ramp": Allocation(ramp, ranks=False),
     "uniform": Allocation(uniform, ranks=False),

@@ -155,8 +155,11 @@ class WidthsConfig(Amount):
         None, description="The share to remove for each layer of each kind, in place of an allocation."
     )
     allocation: Annotated[str, *known("allocation", ALLOCATIONS)] = Field(
-        "uniform", description="How the rate is spread over the layers."
+        "uniform",
+        description="How the rate is spread over the layers and kinds: alike, rising, by one threshold of "
+        "worth, or by what narrowing each costs the whole model ('kl').",
     )
+    sequences: int = Field(4, gt=0, description="For 'kl': sequences on which each layer's narrowing is measured.")
     slope: float = Field(0.0, description="For 'ramp': by how much a layer's rate exceeds that of the one before.")
     score: Annotated[str, *known("score", SCORES)] = Field("obs", description="What a channel or head is worth.")
     restore: bool = Field(True, description="Refit the output projection to the dense output (least squares).")

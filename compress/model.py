@@ -70,9 +70,14 @@ class CausalLM:
         slots = self.family.tensors if layer is None else self.family.layer_tensors
         return next(slot for slot in slots if slot.role == role).name.format(layer=layer)
 
+    @staticmethod
+    def layer_prefix(layer: int) -> str:
+        """What the checkpoint names of a layer's tensors begin with."""
+        return f"model.layers.{layer}."
+
     def inner_name(self, role: str, layer: int) -> str:
         """The name, inside its layer, of the tensor that plays ``role`` (``mlp.down_proj.weight``)."""
-        return self.name(role, layer).removeprefix(f"model.layers.{layer}.")
+        return self.name(role, layer).removeprefix(self.layer_prefix(layer))
 
     @property
     def output_matrix(self) -> Tensor:
@@ -81,7 +86,7 @@ class CausalLM:
 
     def layer_weights(self, layer: int) -> dict[str, Tensor]:
         """One layer's tensors, by their names inside the layer (``self_attn.q_proj.weight``)."""
-        prefix = f"model.layers.{layer}."
+        prefix = self.layer_prefix(layer)
         return {name.removeprefix(prefix): loaded(t) for name, t in self.weights.items() if name.startswith(prefix)}
 
 

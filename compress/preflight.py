@@ -12,7 +12,9 @@ import torch
 from flabc.errors import UsageError
 from flabc.spec import ModelSpec
 
+from .allocate import ALLOCATIONS
 from .config import Calibration, Config, LayersConfig, RestoreConfig, WidthsConfig
+from .sensitivity import SHARES
 from .walk import LOGIT_ROWS
 
 #: What Python, torch and transformers take by themselves.
@@ -77,6 +79,9 @@ def workspace_bytes(spec: ModelSpec, stages: Sequence[Config], calibration: Cali
             needs.append((len(spec.layers) + 2) * sequences * calibration.sequence_length * hidden * computed)
         if isinstance(stage, WidthsConfig):
             needs.append(tokens * hidden * 2 * computed + 6 * 4 * width**2)
+            if ALLOCATIONS[stage.allocation].measured:
+                variants = len(spec.layers) * len(stage.of) * len(SHARES) + 2
+                needs.append(variants * stage.sequences * calibration.sequence_length * hidden * computed)
         if isinstance(stage, RestoreConfig):
             states = tokens * hidden * (2 * computed + 3 * 4) + tokens * width * computed
             needs.append(states + 3 * 8 * width**2)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -30,10 +30,11 @@ LOGIT_ROWS = 256
 
 @dataclass(frozen=True, order=True)
 class Decision:
-    """What is left of a layer in a variant."""
+    """What is left of a layer in a variant: its sub-blocks, and how many units of each kind that is narrowed."""
 
     attention: bool = True
     ffn: bool = True
+    narrowed: tuple[tuple[str, int], ...] = ()
 
     @property
     def skips(self) -> bool:
@@ -45,6 +46,9 @@ WHOLE = Decision()
 GONE = Decision(attention=False, ffn=False)
 
 Variant = tuple[Decision, ...]
+
+#: From a model that holds one fetched layer, the layer's number and a decision to the model with that layer narrowed.
+Narrow = Callable[[CausalLM, int, Decision], CausalLM]
 
 #: Given a layer's number and its module, what is open while the layer runs for a variant.
 Listener = Callable[[int, nn.Module], AbstractContextManager[None]]
@@ -69,12 +73,14 @@ class Walk:
         tokens: (N, T).
         device: where to compute.
         dtype: in which precision.
+        narrow: how a layer is narrowed, if decisions narrow any.
     """
 
     model: CausalLM
     tokens: Tensor
     device: torch.device
     dtype: torch.dtype
+    narrow: Narrow | None = None
 
     @torch.no_grad()
     def run(self, variants: Iterable[Variant], listener: Listener | None = None) -> dict[Variant, Tensor]:
@@ -129,7 +135,13 @@ class Walk:
 
     def layer(self, index: int, decision: Decision, weights: Mapping[str, Tensor]) -> nn.Module:
         """A layer on weights that were fetched, with what a decision leaves of it."""
-        return build_layer(self.model, index, weights, attention=decision.attention, ffn=decision.ffn)
+        model = self.model
+        if decision.narrowed:
+            assert self.narrow is not None, "the walk was not told how to narrow layers"
+            named = {f"{model.layer_prefix(index)}{name}": tensor for name, tensor in weights.items()}
+            model = self.narrow(replace(model, weights=named), index, decision)
+            weights = model.layer_weights(index)
+        return build_layer(model, index, weights, attention=decision.attention, ffn=decision.ffn)
 
     @torch.no_grad()
     def stream(self, variant: Variant) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor]]]:

@@ -6,56 +6,23 @@ is kept. The cut itself is exact for all that stays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flabc.errors import StageError
-from flabc.spec import LayerSpec
 
 from . import bias
 from .allocate import ALLOCATIONS, Pool
 from .config import WidthsConfig
-from .gram import Gram
-from .model import CausalLM, cut_channels, cut_heads
-from .restore import refit
+from .model import CausalLM
 from .score import SCORES, Heard
+from .sensitivity import curves, marginal_worth
 from .stage import Context, Plan, Stage
-from .stored import Weight, loaded
-from .walk import Walk, dense_variant
-
-#: A kind of unit and a layer that has it.
-Place = tuple[str, int]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of unit.
-
-    Args:
-        role: the projection that units of this kind feed.
-        field: the size in ``LayerSpec`` that counts them.
-        cut: the surgery: keeps these units of each layer.
-    """
-
-    role: str
-    field: str
-    cut: Callable[[CausalLM, Mapping[int, Sequence[int]]], CausalLM]
-
-    def units(self, layer: LayerSpec) -> int:
-        """How many a layer has."""
-        return int(getattr(layer, self.field))
-
-
-#: What can be narrowed, by the recipe's word for it. A KV group goes with its query heads.
-KINDS = {
-    "ffn": Kind("down", "intermediate_size", cut_channels),
-    "heads": Kind("o", "num_key_value_heads", cut_heads),
-}
+from .stored import Weight
+from .units import KINDS, Cut, Place, cut_place, listen, places, unit_parameters
 
 
 @dataclass(frozen=True)
@@ -81,81 +48,44 @@ def plan(model: CausalLM, config: WidthsConfig, context: Context) -> WidthsPlan:
     """
     flags = bias.addable(model, [KINDS[name].role for name in config.of]) if config.bias == "add" else ()
     model = bias.switched_on(model, flags)
-    worth = dict[Place, Tensor]()
-    score, gram = SCORES[config.score], SCORES[config.score].gram or config.restore
-    if config.rates is None and ALLOCATIONS[config.allocation].ranks:
-        listen(
-            model, config.of, context, lambda place, heard: worth.update({place: score.worth(heard)}), gram=score.gram
-        )
+    worth = _worth(model, config, context)
     left = widths(model, config, context, worth)
     if not left:
         return WidthsPlan("widths: the target is reached; nothing to remove")
-    keep, errors = dict[Place, tuple[int, ...]](), dict[Place, float]()
-    refitted = dict[str, Weight]()
+    score, cuts = SCORES[config.score], dict[Place, Cut]()
 
     def choose(place: Place, heard: Heard) -> None:
         scores = worth[place] if place in worth else score.worth(heard)
-        kept = scores.topk(left[place]).indices.sort().values
-        keep[place] = tuple(kept.tolist())
-        inputs = (kept[:, None] * heard.unit + torch.arange(heard.unit, device=kept.device)).flatten()
-        role, layer = KINDS[place[0]].role, place[1]
-        shifted = bias.name_of(model, role, layer) if config.bias != "none" else None
-        cut = cut_projection(heard, inputs, restore=config.restore, bias=shifted is not None)
-        if cut.error is not None:
-            errors[place] = cut.error
-        if config.restore:
-            refitted[model.name(role, layer)] = context.keep(cut.weight, model)
-        if shifted is not None:
-            shift = cut.shift.cpu() + loaded(model.weights[shifted]).float()
-            refitted[shifted] = context.keep(shift, model)
+        cut = cut_place(model, place, heard, scores, left[place], restore=config.restore, bias=config.bias != "none")
+        cuts[place] = cut.kept(lambda tensor: context.keep(tensor, model))
 
-    listen(model, config.of, context, choose, left, gram=gram)
-    return WidthsPlan(_summary(model, config, left, errors), _details(model, left, errors), keep, refitted, flags)
+    listen(model, config.of, context.tokens(model), context, choose, left, gram=score.gram or config.restore)
+    errors = {place: cut.error for place, cut in cuts.items() if cut.error is not None}
+    return WidthsPlan(
+        _summary(model, config, left, errors),
+        _details(model, left, errors),
+        {place: cut.keep for place, cut in cuts.items()},
+        {name: tensor for cut in cuts.values() for name, tensor in cut.refitted.items()},
+        flags,
+    )
 
 
-@dataclass(frozen=True)
-class CutProjection:
-    """An output projection that lost inputs.
+def _worth(model: CausalLM, config: WidthsConfig, context: Context) -> dict[Place, Tensor]:
+    """What each unit of each place is worth, if the allocation ranks units across places: by its score, or in KL."""
+    allocation, score = ALLOCATIONS[config.allocation], SCORES[config.score]
+    worth = dict[Place, Tensor]()
+    if config.rates is not None or not allocation.ranks:
+        return worth
+    tokens = context.tokens(model)
+    if allocation.measured:
+        found = curves(model, config, context, tokens, worth)
+        return {place: marginal_worth(scores, found[place]) for place, scores in worth.items()}
 
-    Args:
-        weight: from the inputs that stay, (D, F).
-        shift: what the mean output lacks: what a bias has to add, (D,).
-        error: the output's error relative to its square, if the Gram matrix was heard.
-    """
+    def tell(place: Place, heard: Heard) -> None:
+        worth[place] = score.worth(heard)
 
-    weight: Tensor
-    shift: Tensor
-    error: float | None
-
-
-def cut_projection(heard: Heard, keep: Tensor, *, restore: bool, bias: bool) -> CutProjection:
-    """Take inputs from a projection.
-
-    Args:
-        heard: the projection and what it received; with a bias, its Gram matrix is centred in place.
-        keep: the inputs that stay.
-        restore: refit the weights of those that stay, for which the Gram matrix must have been heard.
-        bias: the mean output is made up for by a bias, so that weights need to explain what varies only.
-    """
-    gram, weight = heard.gram, heard.weight[:, keep]
-    whole = None if gram is None else energy(heard.weight, gram)
-    if gram is not None and bias:
-        gram.addr_(heard.total, heard.total, alpha=-1 / heard.tokens)
-    if restore:
-        assert gram is not None, "a refit hears the Gram matrix"
-        weight = refit(heard.weight, gram, keep).to(weight.dtype)
-    mean = heard.total / heard.tokens
-    error = None
-    if gram is not None:
-        gap = heard.weight.clone()
-        gap[:, keep] -= weight
-        error = energy(gap, gram) / whole if whole else 0.0
-    return CutProjection(weight, heard.weight @ mean - weight @ mean[keep], error)
-
-
-def energy(weight: Tensor, gram: Tensor) -> float:
-    """||X Wᵀ||² from the Gram matrix of X alone."""
-    return float(((weight @ gram) * weight).sum())
+    listen(model, config.of, tokens, context, tell, gram=score.gram)
+    return worth
 
 
 def apply(model: CausalLM, plan: WidthsPlan) -> CausalLM:
@@ -167,11 +97,6 @@ def apply(model: CausalLM, plan: WidthsPlan) -> CausalLM:
 
 
 WIDTHS: Stage[WidthsConfig, WidthsPlan] = Stage(plan, apply)
-
-
-def places(model: CausalLM, kinds: Sequence[str]) -> list[Place]:
-    """Every layer that has units of these kinds."""
-    return [(name, at) for name in kinds for at, layer in enumerate(model.spec.layers) if KINDS[name].units(layer)]
 
 
 def widths(model: CausalLM, config: WidthsConfig, context: Context, worth: Mapping[Place, Tensor]) -> dict[Place, int]:
@@ -197,81 +122,6 @@ def widths(model: CausalLM, config: WidthsConfig, context: Context, worth: Mappi
         left = ALLOCATIONS[config.allocation].allot(pools, _budget(total, config, context, model), config.slope)
     _check_reached(config, context, model, pools, left)
     return {place: units for place, pool, units in zip(found, pools, left, strict=True) if units < pool.units}
-
-
-def listen(
-    model: CausalLM,
-    kinds: Sequence[str],
-    context: Context,
-    tell: Callable[[Place, Heard], None],
-    only: Mapping[Place, int] | None = None,
-    *,
-    gram: bool = True,
-) -> None:
-    """Send the calibration tokens through the model and tell what each place's projection received.
-
-    Args:
-        model: the model.
-        kinds: names in ``KINDS``.
-        context: has the tokens.
-        tell: called once per place, in the order of the layers; what it does not keep is freed.
-        only: places that matter; all if None.
-        gram: whether the Gram matrices are wanted.
-    """
-    wanted = [place for place in places(model, kinds) if only is None or place in only]
-
-    @contextmanager
-    def listener(layer: int, module: nn.Module) -> Iterator[None]:
-        ears = {place: _Ear(model, place, module, context.device, gram) for place in wanted if place[1] == layer}
-        yield
-        for place, ear in ears.items():
-            tell(place, ear.heard())
-
-    Walk(model, context.tokens(model), context.device, context.dtype).run([dense_variant(model.spec)], listener)
-
-
-class _Ear:
-    """Adds up what one projection receives until it is asked."""
-
-    def __init__(self, model: CausalLM, place: Place, module: nn.Module, device: torch.device, gram: bool) -> None:
-        name, layer = place
-        role = KINDS[name].role
-        self.weight = model.tensor(role, layer).to(device).float()
-        size = self.weight.shape[1]
-        self.unit = size // KINDS[name].units(model.spec.layers[layer])
-        self.square, self.total = torch.zeros(2, size, device=device)
-        self.gram = Gram(size, device) if gram else None
-        self.tokens = 0
-        owner = module.get_submodule(model.inner_name(role, layer).removesuffix(".weight"))
-        self.handle = owner.register_forward_pre_hook(self._hear)
-
-    def _hear(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].flatten(0, -2)  # (tokens, F)
-        if self.gram is None:
-            self.square += x.float().square().sum(0)
-        else:
-            self.gram.add(x)
-        self.total += x.sum(0, dtype=torch.float32)
-        self.tokens += len(x)
-
-    def heard(self) -> Heard:
-        """What it was, and stop listening."""
-        self.handle.remove()
-        gram = self.gram.matrix() if self.gram else None
-        square = self.square if gram is None else gram.diagonal()
-        return Heard(self.weight, square, self.total, self.tokens, self.unit, gram)
-
-
-def unit_parameters(model: CausalLM, place: Place) -> int:
-    """Parameters that one unit of a place costs."""
-    name, layer = place
-    kind, spec = KINDS[name], model.spec
-    shape = spec.layers[layer]
-    more = {kind.field: kind.units(shape) + 1}
-    if name == "heads":
-        more["num_attention_heads"] = shape.num_attention_heads * (kind.units(shape) + 1) // kind.units(shape)
-    layers = (*spec.layers[:layer], LayerSpec(**{**shape.model_dump(), **more}), *spec.layers[layer + 1 :])
-    return spec.model_copy(update={"layers": layers}).num_parameters - spec.num_parameters
 
 
 def _pool(model: CausalLM, place: Place, config: WidthsConfig, worth: Tensor | None) -> Pool:

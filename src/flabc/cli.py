@@ -169,7 +169,7 @@ def compress(
 @cli.command()
 @click.argument("checkpoint", required=False)
 @click.option("-o", "--output", type=click.Path(), help="The engine folder to write.")
-@click.option("--target", help="What to make: onnx.  [default: onnx]")
+@click.option("--target", help="What to make: onnx, onnx-standard.  [default: onnx]")
 @click.option("--precision", help="The precision of the weights: fp32.  [default: fp32]")
 @TIE
 @FORCE

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flabc.compress import checkpoint, load, widths
+from flabc.compress import checkpoint, load, units, widths
 from flabc.compress.config import WidthsConfig
 from flabc.compress.model import CausalLM, cut_channels
 from flabc.compress.restore import refit
@@ -42,7 +42,7 @@ def kept(made: widths.WidthsPlan, kind: str = "ffn") -> dict[int, tuple[int, ...
 
 def heard_by(model: CausalLM, context: Context, kind: str) -> dict[int, Heard]:
     heard: dict[int, Heard] = {}
-    widths.listen(model, (kind,), context, lambda place, found: heard.update({place[1]: found}))
+    units.listen(model, (kind,), context.tokens(model), context, lambda place, found: heard.update({place[1]: found}))
     return heard
 
 
@@ -213,7 +213,7 @@ def test_the_refit_never_makes_the_output_worse(seed: int, keep: list[int]) -> N
     after = np.square(inputs @ weight.T - inputs[:, keep] @ new.numpy().T).sum()
     assert after <= before * (1 + 1e-5)
     heard = Heard(w.double(), gram.diagonal(), torch.from_numpy(inputs.sum(0)), len(inputs), gram=gram.clone())
-    told = widths.cut_projection(heard, kept, restore=True, bias=False)
+    told = units.cut_projection(heard, kept, restore=True, bias=False)
     assert torch.equal(told.weight.float(), new)
     assert told.error == pytest.approx(after / np.square(inputs @ weight.T).sum(), rel=1e-4, abs=1e-6)
 
@@ -229,7 +229,7 @@ def test_a_bias_is_flaps_mean_or_the_intercept_of_least_squares(seed: int, keep:
     inputs = inputs + np.arange(12) / 3
     gram = torch.from_numpy(inputs.T @ inputs)
     heard = Heard(w.double(), gram.diagonal().clone(), torch.from_numpy(inputs.sum(0)), len(inputs), gram=gram)
-    cut = widths.cut_projection(heard, torch.tensor(keep), restore=restore, bias=True)
+    cut = units.cut_projection(heard, torch.tensor(keep), restore=restore, bias=True)
     dense, gone = inputs @ weight.T, [at for at in range(12) if at not in keep]
     left = dense - inputs[:, keep] @ cut.weight.double().numpy().T - cut.shift.double().numpy()
     assert cut.error == pytest.approx(np.square(left).sum() / np.square(dense).sum(), rel=1e-3, abs=1e-6)
@@ -336,7 +336,7 @@ def test_nothing_goes_once_the_target_is_reached(
 
 def test_biases_count_as_part_of_a_channel(untied: CausalLM) -> None:
     per_channel = (untied.spec.num_parameters - cut_channels(untied, {2: range(79)}).spec.num_parameters) / 1
-    assert widths.unit_parameters(untied, ("ffn", 2)) == per_channel == 3 * untied.spec.hidden_size + 2
+    assert units.unit_parameters(untied, ("ffn", 2)) == per_channel == 3 * untied.spec.hidden_size + 2
 
 
 def test_without_a_rate_or_a_target_the_stage_asks_for_one(tied: CausalLM, make_context: MakeContext) -> None:
@@ -400,7 +400,7 @@ def test_heads_and_channels_go_at_once_by_their_rates(
         torch.testing.assert_close(rows, expected[:, :-1].log_softmax(-1).flatten(0, 1), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("allocation", ["global", "marginal", "ramp"])
+@pytest.mark.parametrize("allocation", ["global", "kl", "marginal", "ramp"])
 def test_every_allocation_reaches_the_target_by_less_than_a_step(
     one_pair: tuple[CausalLM, Any], make_context: MakeContext, allocation: str
 ) -> None:
@@ -409,7 +409,7 @@ def test_every_allocation_reaches_the_target_by_less_than_a_step(
     config = config_of(of=("ffn", "heads"), allocation=allocation, score="wifv", slope=0.02)
     cut = widths.apply(ours, widths.plan(ours, config, context))
     assert context.target_parameters is not None
-    largest = max(8 * widths.unit_parameters(ours, ("ffn", 0)), widths.unit_parameters(ours, ("heads", 0)))
+    largest = max(8 * units.unit_parameters(ours, ("ffn", 0)), units.unit_parameters(ours, ("heads", 0)))
     steps = 1 if allocation != "ramp" else 6  # a rate per layer and kind is rounded for each
     assert context.target_parameters - steps * largest < cut.spec.num_parameters <= context.target_parameters
 
