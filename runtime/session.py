@@ -131,10 +131,8 @@ class Session:
 def _read_spec(folder: Path) -> tuple[ModelSpec, str]:
     """The spec of a model folder, and what kind of folder it is."""
     if Artifact.is_at(folder):
-        manifest = Artifact.open(folder).manifest
-        if manifest.spec is None:
-            raise EngineError(f"{folder} is a {manifest.kind}, which cannot be run.")
-        return manifest.spec, manifest.kind
+        artifact = Artifact.open(folder)
+        return artifact.model, artifact.manifest.kind
     config = folder / "config.json"
     if not config.is_file():
         raise EngineError(f"{folder} is no model.", expected="an engine or checkpoint of flabc, or a config.json")
