@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,9 +17,17 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from flabc import artifact
-from flabc.artifact import Artifact, Manifest
+from flabc.artifact import Artifact, Draft, Kind, Manifest
 from flabc.console import progress
-from flabc.errors import ArtifactError, EngineError, FlabcError, ModelError, UsageError, require
+from flabc.errors import (
+    ArtifactError,
+    FlabcError,
+    ModelError,
+    ParityError,
+    UnknownNameError,
+    UsageError,
+    require,
+)
 from flabc.recipe import Recipe
 from flabc.recipe import load as load_recipe
 from flabc.runtime.doctor import Finding, examine
@@ -34,7 +42,9 @@ from flabc.spec import BYTES_PER_PARAMETER, ModelSpec
 
 if TYPE_CHECKING:
     from flabc.compress.model import CausalLM
+    from flabc.export.parity import Parity
     from flabc.perf.evaluation import EvalResult, EvalSide
+    from flabc.runtime.text import TextCodec
 
 __all__ = [
     "BenchReport",
@@ -302,42 +312,88 @@ def export(
     output: str | Path,
     *,
     target: str = "onnx",
-    precision: str = "fp32",
+    precision: str | None = None,
     tie: bool = False,
     force: bool = False,
 ) -> Exported:
-    """Turn a checkpoint, or any dense model of a known family, into an engine, and prove it against torch.
+    """Turn a checkpoint, or any dense model of a known family, into what serves, and prove it against torch.
 
     Args:
         model: a checkpoint folder, or whatever ``compress`` takes as a model.
         output: the folder to write.
-        target: ``onnx``.
-        precision: ``fp32``.
+        target: ``onnx``, for ONNX Runtime; or ``gguf``, for llama.cpp, if all layers are equal and whole.
+        precision: ``fp32`` for ``onnx``; ``fp16`` (the default), ``fp32``, ``bf16`` or ``int8`` for ``gguf``.
         tie: as for ``compress``.
         force: replace a folder that is not empty.
 
     Raises:
-        ParityError: if the engine's answers differ from torch's; no folder is written then.
+        ParityError: if the result's answers differ from torch's; no folder is written then.
         FlabcError: see ``flabc.errors``.
     """
     artifact.check_free(output, force=force)
-    require("onnx_ir", "export")
-    from flabc.export import engine
-
-    engine.check_choice("target", target, engine.TARGETS)
-    engine.check_choice("precision", precision, engine.PRECISIONS)
-    with (
-        model_folder(str(model), tie=tie) as (folder, spec, made),
-        artifact.create(output, "engine", force=force) as draft,
-    ):
-        engine.write(folder, spec, draft.path)
+    if target not in TARGETS:
+        raise UnknownNameError("target", target, TARGETS)
+    kind, prepare, make = TARGETS[target]
+    precision = prepare(precision)
+    with model_folder(str(model), tie=tie) as (folder, spec, made), artifact.create(output, kind, force=force) as draft:
         draft.spec = spec
-        parity = _prove(draft.path, folder, spec)
+        parity = make(folder, draft, precision, Path(model).name)
         if made is not None:
             draft.recipe, draft.source, draft.seed = made.recipe, made.source, made.seed
             draft.receipts = dict(made.receipts)
         draft.receipts["parity"] = parity
     return Exported(path=Path(output), spec=spec, target=target, precision=precision, parity=parity)
+
+
+def _onnx_precision(precision: str | None) -> str:
+    require("onnx_ir", "export")
+    from flabc.export import engine
+
+    return _choice(precision, engine.PRECISIONS)
+
+
+def _make_onnx(folder: Path, draft: Draft, precision: str, name: str) -> dict[str, Any]:
+    from flabc.export import engine
+
+    assert draft.spec is not None
+    engine.write(folder, draft.spec, draft.path)
+    return _prove(draft.path, folder, draft.spec)
+
+
+def _gguf_precision(precision: str | None) -> str:
+    require("gguf", "compress")
+    from flabc.export import gguf_writer
+
+    return _choice(precision, gguf_writer.PRECISIONS)
+
+
+def _choice(precision: str | None, known: Iterable[str]) -> str:
+    """A precision that the target has, its first by default."""
+    chosen = precision or next(iter(known))
+    if chosen not in known:
+        raise UnknownNameError("precision", chosen, known)
+    return chosen
+
+
+def _make_gguf(folder: Path, draft: Draft, precision: str, name: str) -> dict[str, Any]:
+    from flabc.compress.load import complete_config
+    from flabc.export import gguf_writer
+
+    assert draft.spec is not None
+    gguf_writer.check_layers(draft.spec)
+    config = complete_config(folder)
+    gguf_writer.check(draft.spec, config)
+    file = draft.path / gguf_writer.FILE
+    stored = gguf_writer.write(folder, draft.spec, config, file, precision=precision, name=name)
+    length = gguf_writer.context_length(draft.spec, config)
+    return _prove_gguf(file, folder, draft.spec, precision, length) | {"stored": stored}
+
+
+#: By target: the kind of folder, the precision that is meant, and what writes and proves it.
+TARGETS: Mapping[str, tuple[Kind, Callable[[str | None], str], Callable[[Path, Draft, str, str], dict[str, Any]]]] = {
+    "onnx": ("engine", _onnx_precision, _make_onnx),
+    "gguf": ("gguf", _gguf_precision, _make_gguf),
+}
 
 
 def evaluate(
@@ -501,10 +557,8 @@ def model_folder(model: str, *, tie: bool = False) -> Iterator[tuple[Path, Model
     """
     path = Path(model)
     if Artifact.is_at(path):
-        manifest = Artifact.open(path).manifest
-        if manifest.spec is None:
-            raise EngineError(f"{path} holds no model.")
-        yield path, manifest.spec, manifest
+        opened = Artifact.open(path)
+        yield path, opened.model, opened.manifest
         return
     require("torch", "compress")
     require("transformers", "compress")
@@ -518,7 +572,9 @@ def model_folder(model: str, *, tie: bool = False) -> Iterator[tuple[Path, Model
     with tempfile.TemporaryDirectory(prefix="flabc-") as folder:
         loaded = load.load(model, tie=tie)
         checkpoint.write(loaded, Path(folder))
-        yield Path(folder), loaded.spec, None
+        spec = loaded.spec
+        del loaded  # whoever opens the folder needs the memory
+        yield Path(folder), spec, None
 
 
 def heldout_texts(corpus: str, limit: int | None = None) -> dict[str, str]:
@@ -633,3 +689,69 @@ def _prove(engine: Path, folder: Path, spec: ModelSpec) -> dict[str, Any]:
     text = Path(parity.__file__).read_text(encoding="utf-8")  # code, and always at hand
     ids = TextCodec(folder).encode_plain(text)
     return parity.check(candidate, reference, ids, max_batch=limits.max_batch).receipt()
+
+
+def _prove_gguf(file: Path, folder: Path, spec: ModelSpec, precision: str, length: int) -> dict[str, Any]:
+    """Load a GGUF that is still a draft back with transformers, and compare it with its checkpoint in torch.
+
+    The bound of float32 holds between the file and the checkpoint with its matrices rounded as the file has them, so
+    that rounding hides no fault; what rounding itself costs is measured and bounded beside it.
+
+    Raises:
+        ParityError: if one of the bounds does not hold, or the tokenizers give other ids.
+    """
+    from flabc.export import gguf_writer, parity
+    from flabc.runtime.backend import Limits
+    from flabc.runtime.backends.reference import TorchBackend
+    from flabc.runtime.text import TextCodec
+
+    codec, limits = TextCodec(folder), Limits(max_length=length)
+    text = Path(parity.__file__).read_text(encoding="utf-8")
+    rounding: dict[str, Any] = {}
+    with progress("comparing the file with torch", 4) as advance:
+        reference = TorchBackend(folder, spec, limits)
+        expected = parity.read(reference, codec.encode_plain(text), length)
+        advance(1)
+        if precision != "fp32":
+            reference.change_matrices(lambda matrix: gguf_writer.rounded(matrix, precision))
+            cost = parity.reread(reference, expected, tolerance=gguf_writer.ROUNDING[precision])
+            rounding = {"rounding": cost.receipt()}
+            _hold(cost.max_relative <= cost.tolerance, f"Rounding to {precision} changes the model too much.", cost)
+            expected = [(ids, reference.score(ids[None])[0]) for ids, _ in expected]
+        del reference
+        advance(1)
+        with model_folder(str(file)) as (back, found, _):
+            _same_tokens(codec, TextCodec(back), (text, parity.ODD_TEXT))
+            advance(1)
+            proof = parity.reread(TorchBackend(back, found, limits), expected)
+            _hold(proof.holds, "The file does not say what the checkpoint says.", proof)
+            advance(1)
+    return proof.receipt() | rounding
+
+
+def _hold(holds: bool, problem: str, parity: Parity) -> None:
+    if not holds:
+        raise ParityError(
+            problem,
+            expected=f"logits within {parity.tolerance:g} of torch's",
+            found=f"a difference of {parity.max_relative:.3g}, {parity.greedy_mismatches} other tokens",
+            fix="No folder was written.",
+        )
+
+
+def _same_tokens(ours: TextCodec, theirs: TextCodec, texts: Sequence[str]) -> None:
+    """Make sure that two tokenizers do the same with texts.
+
+    Raises:
+        ParityError: at the first that they encode differently.
+    """
+    for text in texts:
+        expected, found = ours.encode(text), theirs.encode(text)
+        if expected != found:
+            at = next((n for n, pair in enumerate(zip(expected, found, strict=False)) if pair[0] != pair[1]), 0)
+            raise ParityError(
+                "The tokenizer that transformers reads from the file gives other ids.",
+                expected=f"{expected[at : at + 5]} at {at}",
+                found=str(found[at : at + 5]),
+                fix="No folder was written.",
+            )
