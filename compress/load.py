@@ -22,7 +22,7 @@ from .gguf_file import (
     gguf_weights,
     output_is_more_precise,
     quiet_transformers,
-    restore_pre_tokenizer,
+    restore_tokenizer,
 )
 from .location import Location, locate
 from .model import CausalLM, TokenizerFiles, check_weights
@@ -109,6 +109,23 @@ def _completed(config: dict[str, Any]) -> dict[str, Any]:
     return {key: assumed[key] for key in (*_ASSUMED, *family.multipliers) if assumed.get(key) is not None} | config
 
 
+def complete_config(folder: Path) -> dict[str, Any]:
+    """The config of a model folder with all that its family's class assumes where the file is silent.
+
+    Raises:
+        ModelError: if the family's class does not take the model's shape.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    config = plain_view(read_json(folder / "config.json"))
+    family = config.pop("model_type")
+    try:
+        return dict(AutoConfig.for_model(family, **config).to_dict())
+    except StrictDataclassError as error:
+        raise ModelError(f"The class that transformers has for {family} does not take this shape: {error}") from error
+
+
 def read_tokenizer(location: Location) -> TokenizerFiles:
     """The tokenizer's files, as transformers writes them after reading whatever form they had.
 
@@ -135,7 +152,7 @@ def read_tokenizer(location: Location) -> TokenizerFiles:
     config.pop("chat_template", None)
     config = {key: value for key, value in config.items() if key not in ("name_or_path", "is_local", "gguf_file")}
     if location.file:
-        restore_pre_tokenizer(content, location)
+        restore_tokenizer(content, config, location)
     return TokenizerFiles(content, config, tokenizer.chat_template)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import onnx_ir as ir
 
 from flabc.artifact import GRAPH, SCORING_GRAPH
 from flabc.console import progress
-from flabc.errors import UnknownNameError
 from flabc.spec import ModelSpec
 
 from .architecture import architecture
@@ -37,8 +36,8 @@ COPIED = (
 #: The weights that both graphs read.
 DATA = f"{GRAPH}.data"
 
-#: What can be exported to, and how its graph is spelt.
-TARGETS: dict[str, Callable[[ModelSpec], Dialect]] = {
+#: How the graph of each ONNX target is spelt.
+DIALECTS: dict[str, Callable[[ModelSpec], Dialect]] = {
     "onnx": OnnxRuntimeDialect,
     "onnx-standard": StandardDialect,
 }
@@ -52,14 +51,14 @@ def write(checkpoint: Path, spec: ModelSpec, out: Path, target: str = "onnx") ->
         checkpoint: a Hugging Face folder with safetensors.
         spec: its shapes.
         out: a folder that exists.
-        target: one of ``TARGETS``.
+        target: one of ``DIALECTS``.
 
     Raises:
         ModelError: if the graph cannot be built for this model, or a tensor is missing.
     """
     weights = CheckpointWeights(checkpoint, spec)
     known = architecture(spec, read_json(checkpoint / "config.json"))
-    dialect = TARGETS[target]
+    dialect = DIALECTS[target]
     model = build(Graph(spec, known, weights), dialect(spec))
     total = len(model.graph.initializers)
     with progress("writing weights", total) as advance:
@@ -74,16 +73,6 @@ def write(checkpoint: Path, spec: ModelSpec, out: Path, target: str = "onnx") ->
         return
     generation = read_json(checkpoint / "generation_config.json") or read_json(checkpoint / "config.json")
     write_json(out / "genai_config.json", genai_config(spec, generation))
-
-
-def check_choice(kind: str, value: str, known: Iterable[str]) -> None:
-    """Refuse a target or precision that this version cannot make.
-
-    Raises:
-        UnknownNameError: naming those it can.
-    """
-    if value not in known:
-        raise UnknownNameError(kind, value, list(known))
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +29,9 @@ LENGTHS = (1, 7, 33, 128)
 
 #: Largest difference allowed in float32, relative to the largest reference logit.
 FP32_TOLERANCE = 1e-4
+
+#: What tokenizers split in different ways: digits, white space, punctuation, letters beyond ASCII.
+ODD_TEXT = "x2 = 1234567.0e-3  # naïve, 漢字 🙂\r\n\n\t if a!=b and not c['key'][::-1]:\n\n\n    don't(**it's)  \n"
 
 
 class Answers(Protocol):
@@ -118,6 +122,52 @@ def check(engine: Answers, reference: Answers, text_ids: Sequence[int], *, max_b
             found=f"a difference of {parity.max_relative:.3g}, {parity.greedy_mismatches} of {len(steps)} tokens",
             fix="No folder was written. This is a fault in flabc or ONNX Runtime: please report it.",
         )
+    return parity
+
+
+def read(model: Answers, text_ids: Sequence[int], length: int) -> list[tuple[Ids, Logits]]:
+    """What a model says at every position of prompts of several lengths, and of its own greedy continuation of one.
+
+    Two models are compared by ``read`` of the one and ``reread`` of the other, with no more than one in memory.
+
+    Args:
+        model: what is asked.
+        text_ids: as for ``check``.
+        length: the longest sequence that both can hold.
+
+    Returns:
+        (S,) ids and (S, V) logits of each; the continuation is last.
+    """
+    lengths = [size for size in LENGTHS if size <= length]
+    cuts = np.cumsum([0, *lengths])
+    prompts = [np.array(text_ids[begin:end], np.int64) for begin, end in pairwise(cuts)]
+    texts = [*prompts, _continued(model, prompts[len(prompts) // 2], length)]
+    return [(ids, model.score(ids[None])[0]) for ids in texts]
+
+
+def _continued(model: Answers, prompt: Ids, length: int) -> Ids:
+    """A prompt, (S,), and what the model says next, at most ``length`` tokens together."""
+    model.start(1)
+    new = ids = prompt
+    while len(ids) < min(length, len(prompt) + STEPS):
+        new = model.extend(new[None], np.array([len(new)])).argmax(-1)
+        ids = np.concatenate([ids, new])
+    return ids
+
+
+def reread(model: Answers, expected: Sequence[tuple[Ids, Logits]], *, tolerance: float = FP32_TOLERANCE) -> Parity:
+    """Compare a model with what another said. Nothing is raised.
+
+    Args:
+        model: what is compared.
+        expected: what ``read`` gave of the reference.
+        tolerance: the bound on ``max_relative``.
+    """
+    found = [model.score(ids[None])[0] for ids, _ in expected]
+    parity = _measure([(logits, other) for (_, logits), other in zip(expected, found, strict=True)])
+    steps = list(zip(expected[-1][1], found[-1], strict=True))
+    parity.tolerance, parity.greedy_steps = tolerance, len(steps)
+    parity.greedy_mismatches = sum(_differ(a, b, tolerance) for a, b in steps)
     return parity
 
 

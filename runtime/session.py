@@ -131,10 +131,9 @@ class Session:
 def _read_spec(folder: Path) -> tuple[ModelSpec, str]:
     """The spec of a model folder, and the backend that runs it."""
     if Artifact.is_at(folder):
-        manifest = Artifact.open(folder).manifest
-        if manifest.spec is None:
-            raise EngineError(f"{folder} is a {manifest.kind}, which cannot be run.")
-        return manifest.spec, RUNS[manifest.target or "onnx"] if manifest.kind == "engine" else "torch"
+        artifact = Artifact.open(folder)
+        manifest = artifact.manifest
+        return artifact.model, RUNS[manifest.target or "onnx"] if manifest.kind == "engine" else "torch"
     config = folder / "config.json"
     if not config.is_file():
         raise EngineError(f"{folder} is no model.", expected="an engine or checkpoint of flabc, or a config.json")

@@ -6,7 +6,7 @@ rounds by more than the differences that the reference is there to show.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,13 @@ class TorchBackend:
         """Logits at every position of fresh sequences, (B, S, V)."""
         with self._torch.no_grad():
             return self._numpy(self._model(input_ids=self._tensor(ids), use_cache=False).logits)
+
+    def change_matrices(self, change: Callable[[Logits], Logits]) -> None:
+        """Put a function of it in the place of every weight matrix, one after another: to see what rounding costs."""
+        with self._torch.no_grad():
+            for parameter in self._model.parameters():
+                if parameter.dim() == 2:
+                    parameter.copy_(self._torch.from_numpy(change(parameter.float().cpu().numpy())))
 
     def _tensor(self, array: Ids) -> Any:
         return self._torch.from_numpy(np.ascontiguousarray(array)).to(self._model.device)

@@ -17,9 +17,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from flabc import artifact
-from flabc.artifact import Artifact, Manifest
+from flabc.artifact import Artifact
 from flabc.console import progress
-from flabc.errors import ArtifactError, EngineError, FlabcError, ModelError, UsageError, require
+from flabc.errors import (
+    ArtifactError,
+    FlabcError,
+    UsageError,
+    require,
+)
 from flabc.recipe import Recipe
 from flabc.recipe import load as load_recipe
 from flabc.runtime.doctor import Finding, examine
@@ -31,6 +36,7 @@ from flabc.runtime.evaluate.task import check as check_task
 from flabc.runtime.measure.environment import environment
 from flabc.runtime.measure.result import BenchResult, Workload
 from flabc.spec import BYTES_PER_PARAMETER, ModelSpec
+from flabc.targets import model_folder, target_named
 
 if TYPE_CHECKING:
     from flabc.compress.model import CausalLM
@@ -302,37 +308,34 @@ def export(
     output: str | Path,
     *,
     target: str = "onnx",
-    precision: str = "fp32",
+    precision: str | None = None,
     tie: bool = False,
     force: bool = False,
 ) -> Exported:
-    """Turn a checkpoint, or any dense model of a known family, into an engine, and prove it against torch.
+    """Turn a checkpoint, or any dense model of a known family, into what serves, and prove it against torch.
 
     Args:
         model: a checkpoint folder, or whatever ``compress`` takes as a model.
         output: the folder to write.
-        target: ``onnx`` for ONNX Runtime's fused operators, ``onnx-standard`` for those of the ONNX standard alone.
-        precision: ``fp32``.
+        target: ``onnx``, for ONNX Runtime; ``onnx-standard``, in operators of the ONNX standard alone; or ``gguf``, for
+            llama.cpp, if all layers are equal and whole.
+        precision: ``fp32`` for ONNX; ``fp16`` (the default), ``fp32``, ``bf16`` or ``int8`` for ``gguf``.
         tie: as for ``compress``.
         force: replace a folder that is not empty.
 
     Raises:
-        ParityError: if the engine's answers differ from torch's; no folder is written then.
+        ParityError: if the result's answers differ from torch's; no folder is written then.
         FlabcError: see ``flabc.errors``.
     """
     artifact.check_free(output, force=force)
-    require("onnx_ir", "export")
-    from flabc.export import engine
-
-    engine.check_choice("target", target, engine.TARGETS)
-    engine.check_choice("precision", precision, engine.PRECISIONS)
+    chosen = target_named(target)
+    precision = chosen.precision(precision)
     with (
         model_folder(str(model), tie=tie) as (folder, spec, made),
-        artifact.create(output, "engine", force=force) as draft,
+        artifact.create(output, chosen.kind, force=force) as draft,
     ):
-        engine.write(folder, spec, draft.path, target)
         draft.spec, draft.target = spec, target
-        parity = _prove(draft.path, folder, spec, target)
+        parity = chosen.make(folder, spec, draft.path, precision, Path(model).name)
         if made is not None:
             draft.recipe, draft.source, draft.seed = made.recipe, made.source, made.seed
             draft.receipts = dict(made.receipts)
@@ -493,34 +496,6 @@ def doctor() -> list[Finding]:
     return examine()
 
 
-@contextmanager
-def model_folder(model: str, *, tie: bool = False) -> Iterator[tuple[Path, ModelSpec, Manifest | None]]:
-    """A folder that backends and export can open, its spec, and its manifest if it is an artifact.
-
-    A GGUF becomes such a folder for as long as it is needed.
-    """
-    path = Path(model)
-    if Artifact.is_at(path):
-        manifest = Artifact.open(path).manifest
-        if manifest.spec is None:
-            raise EngineError(f"{path} holds no model.")
-        yield path, manifest.spec, manifest
-        return
-    require("torch", "compress")
-    require("transformers", "compress")
-    from flabc.compress import checkpoint, load
-    from flabc.compress.location import locate
-
-    location = locate(model)
-    if location.file is None and not tie:
-        yield location.folder, ModelSpec.from_config(load.read_config(location)), None
-        return
-    with tempfile.TemporaryDirectory(prefix="flabc-") as folder:
-        loaded = load.load(model, tie=tie)
-        checkpoint.write(loaded, Path(folder))
-        yield Path(folder), loaded.spec, None
-
-
 def heldout_texts(corpus: str, limit: int | None = None) -> dict[str, str]:
     """The text that perplexity is measured on, by name: the held-out side of a corpus, never calibrated on.
 
@@ -611,25 +586,3 @@ def _prompts(corpus: str, workload: Workload) -> list[str]:
     if not texts:
         raise FlabcError(f"No held-out text is long enough for a prompt of {workload.prompt_tokens} tokens.")
     return texts[: workload.rounds]
-
-
-def _prove(engine: Path, folder: Path, spec: ModelSpec, target: str) -> dict[str, Any]:
-    """Compare an engine that is still a draft with torch on the checkpoint it was made from."""
-    require("torch", "compress")
-    from flabc.export import parity
-    from flabc.runtime.backend import RUNS, Limits, open_backend
-    from flabc.runtime.text import TextCodec
-
-    length = max(parity.LENGTHS) + parity.STEPS
-    if spec.max_position_embeddings < length:
-        raise ModelError(
-            "The model has too few positions to be checked against torch.",
-            expected=f"at least {length}",
-            found=str(spec.max_position_embeddings),
-        )
-    limits = Limits(max_batch=len(parity.LENGTHS), max_length=length)
-    candidate = open_backend(RUNS[target], engine, spec, limits)
-    reference = open_backend("torch", folder, spec, limits)
-    text = Path(parity.__file__).read_text(encoding="utf-8")  # code, and always at hand
-    ids = TextCodec(folder).encode_plain(text)
-    return parity.check(candidate, reference, ids, max_batch=limits.max_batch).receipt()

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flabc.console import note
-from flabc.errors import ArtifactError, UsageError
+from flabc.errors import ArtifactError, EngineError, UsageError
 from flabc.spec import ModelSpec
 
 MANIFEST = "flabc.json"
@@ -34,9 +34,10 @@ SCHEMA_VERSION = 1
 GRAPH, SCORING_GRAPH = "model.onnx", "score.onnx"
 
 #: Packages whose version can change a result.
-_RECORDED = ("flabc", "numpy", "onnx", "onnx-ir", "onnxruntime", "tokenizers", "torch", "transformers")
+_RECORDED = ("flabc", "gguf", "numpy", "onnx", "onnx-ir", "onnxruntime", "tokenizers", "torch", "transformers")
 
-Kind = Literal["checkpoint", "engine", "report"]
+#: An ``engine`` runs in ONNX Runtime, a ``gguf`` in llama.cpp.
+Kind = Literal["checkpoint", "engine", "gguf", "report"]
 
 
 class SourceRecord(BaseModel):
@@ -88,6 +89,22 @@ class Artifact:
         for name, digest in manifest.files.items():
             _verify(path, name, digest)
         return cls(path, manifest)
+
+    @property
+    def model(self) -> ModelSpec:
+        """The shapes of the model that flabc can run from this folder.
+
+        Raises:
+            EngineError: if it holds none, or one that only llama.cpp runs.
+        """
+        if self.manifest.kind == "gguf":
+            raise EngineError(
+                f"{self.path} is for llama.cpp; flabc does not run it.",
+                fix=f"Run: llama-cli -m {self.path}/*.gguf. Or give the .gguf file to flabc inspect, compress or eval.",
+            )
+        if self.manifest.spec is None:
+            raise EngineError(f"{self.path} is a {self.manifest.kind}, which cannot be run.")
+        return self.manifest.spec
 
     @staticmethod
     def is_at(path: Path | str) -> bool:

@@ -169,8 +169,10 @@ def compress(
 @cli.command()
 @click.argument("checkpoint", required=False)
 @click.option("-o", "--output", type=click.Path(), help="The engine folder to write.")
-@click.option("--target", help="What to make: onnx, onnx-standard.  [default: onnx]")
-@click.option("--precision", help="The precision of the weights: fp32.  [default: fp32]")
+@click.option("--target", help="What to make: onnx, onnx-standard, or gguf for llama.cpp.  [default: onnx]")
+@click.option(
+    "--precision", help="The precision of the weights: fp32; for gguf fp16, fp32, bf16 or int8.  [default: the first]"
+)
 @TIE
 @FORCE
 @json_option
@@ -183,13 +185,14 @@ def export(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Turn CHECKPOINT, or any dense model, into an engine folder, proven against torch.
+    """Turn CHECKPOINT, or any dense model, into an engine folder or a GGUF, proven against torch.
 
     Beside a flabc.yaml and without arguments, both the pruned and the dense engine are made.
 
     \b
     flabc export pruned -o engine
     flabc export smollm2-135m -o dense-engine
+    flabc export pruned --target gguf --precision bf16 -o for-llama-cpp
     """
     from flabc import api
     from flabc.project import Project, find, need, settle
@@ -200,16 +203,22 @@ def export(
     else:
         project = need("CHECKPOINT")
         jobs = [(project.checkpoint, output or project.engine), (project.model, project.baseline)]
-    choices = {"target": target or project.target, "precision": precision or project.precision}
-    done = [api.export(str(source), out, tie=tie, force=force, **choices) for source, out in jobs]
+    if precision is None and target in (None, project.target):  # the project's is meant for its target
+        precision = project.precision
+    target = target or project.target
+    done = [
+        api.export(str(source), out, target=target, precision=precision, tie=tie, force=force) for source, out in jobs
+    ]
     data = done[0] if checkpoint else {"engines": [result.model_dump(mode="json") for result in done]}
 
     def show() -> None:
         for result in done:
             parity = result.parity
+            rounding = parity.get("rounding", {}).get("max_relative")
             click.echo(
                 f"{result.path}: {result.spec.num_parameters / 1e6:.1f} M parameters, {result.precision}; "
                 f"logits within {parity['max_relative']:.1g} of torch, {parity['greedy_steps']:.0f} greedy tokens agree"
+                + (f"; rounding moved logits by up to {rounding:.1g}" if rounding is not None else "")
             )
 
     emit(as_json, data, show)

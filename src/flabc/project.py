@@ -31,7 +31,7 @@ engine: engine
 baseline: dense-engine   # the dense model's engine, for comparison
 report: report
 
-# What flabc export makes: onnx, in fp32.
+# What flabc export makes: onnx in fp32, or gguf (fp16, fp32, bf16, int8) for llama.cpp.
 target: onnx
 precision: fp32
 
@@ -50,7 +50,7 @@ class Project(Config):
     baseline: str = Field("dense-engine", description="Folder of the dense engine, for comparison.")
     report: str = Field("report", description="Folder of the benchmark report.")
     target: str = Field("onnx", description="What flabc export makes.")
-    precision: str = Field("fp32", description="The precision of the engine.")
+    precision: str | None = Field(None, description="The precision of the engine; by default the target's first.")
     seed: int = Field(0, description="Picks the calibration text.")
 
 

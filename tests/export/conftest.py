@@ -27,7 +27,7 @@ def every_tiny(request: pytest.FixtureRequest, tiny: Callable[[str], Path]) -> P
     return tiny(request.param)
 
 
-@pytest.fixture(params=engine.TARGETS)
+@pytest.fixture(params=engine.DIALECTS)
 def target(request: pytest.FixtureRequest) -> str:
     """Every target in turn."""
     return str(request.param)

@@ -53,7 +53,7 @@ def walked(model: CausalLM) -> torch.Tensor:
     return torch.cat([group[variant].log_probs for group in walk.readouts(walk.run([variant]))])
 
 
-@pytest.mark.parametrize("target", engine.TARGETS)
+@pytest.mark.parametrize("target", engine.DIALECTS)
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.sampled_from(sorted(VARIANTS)), cut=cuts())
 def test_whatever_is_cut_the_engine_says_the_same(

@@ -12,9 +12,10 @@ import onnx
 import pytest
 import torch
 
+from flabc import api
 from flabc.compress.model import CausalLM
 from flabc.compress.walk import Walk, dense_variant
-from flabc.errors import ModelError
+from flabc.errors import ModelError, UnknownNameError
 from flabc.export import engine
 from flabc.runtime.backend import RUNS, Backend, Limits, open_backend
 from flabc.spec import ModelSpec
@@ -136,11 +137,15 @@ def places_of(graph: Path) -> dict[str, dict[str, str]]:
     return {t.name: {entry.key: entry.value for entry in t.external_data} for t in tensors if t.external_data}
 
 
-def test_a_target_or_precision_of_another_version_is_refused() -> None:
-    from flabc.errors import UnknownNameError
-
-    with pytest.raises(UnknownNameError, match="Known: fp32"):
-        engine.check_choice("precision", "int8", engine.PRECISIONS)
+@pytest.mark.parametrize(
+    ("choice", "problem"), [({"precision": "int3"}, "Known: fp32"), ({"target": "onx"}, "Did you mean 'onnx'")]
+)
+def test_an_unknown_target_or_precision_is_refused(
+    any_tiny: Path, tmp_path: Path, choice: dict[str, str], problem: str
+) -> None:
+    with pytest.raises(UnknownNameError, match=problem):
+        api.export(any_tiny, tmp_path / "engine", **choice)  # type: ignore[arg-type]
+    assert not (tmp_path / "engine").exists()
 
 
 def test_heads_that_onnx_runtime_cannot_turn_are_refused(tiny: Callable[[str], Path], tmp_path: Path) -> None:

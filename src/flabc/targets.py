@@ -1,0 +1,220 @@
+"""What a model can be exported to: how each target is written, and how it is proven against torch.
+
+Here the parts meet: what ``export`` writes, a backend of ``runtime`` runs, and torch says what is right.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flabc.artifact import Artifact, Kind, Manifest
+from flabc.console import progress
+from flabc.errors import ModelError, ParityError, UnknownNameError, require
+from flabc.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from flabc.export.parity import Parity
+    from flabc.runtime.text import TextCodec
+
+#: Writes into a folder and proves it: from the checkpoint, its spec, the folder, the precision and the model's name to
+#: the receipt.
+Make = Callable[[Path, ModelSpec, Path, str, str], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What can be exported to.
+
+    Args:
+        kind: of the folder that is made.
+        precision: the precision that is meant by a name, or by None.
+        make: writes and proves it.
+    """
+
+    kind: Kind
+    precision: Callable[[str | None], str]
+    make: Make
+
+
+@contextmanager
+def model_folder(model: str, *, tie: bool = False) -> Iterator[tuple[Path, ModelSpec, Manifest | None]]:
+    """A folder that backends and export can open, its spec, and its manifest if it is an artifact.
+
+    A GGUF becomes such a folder for as long as it is needed.
+    """
+    path = Path(model)
+    if Artifact.is_at(path):
+        opened = Artifact.open(path)
+        yield path, opened.model, opened.manifest
+        return
+    require("torch", "compress")
+    require("transformers", "compress")
+    from flabc.compress import checkpoint, load
+    from flabc.compress.location import locate
+
+    location = locate(model)
+    if location.file is None and not tie:
+        yield location.folder, ModelSpec.from_config(load.read_config(location)), None
+        return
+    with tempfile.TemporaryDirectory(prefix="flabc-") as folder:
+        loaded = load.load(model, tie=tie)
+        checkpoint.write(loaded, Path(folder))
+        spec = loaded.spec
+        del loaded  # whoever opens the folder needs the memory
+        yield Path(folder), spec, None
+
+
+def _onnx_precision(precision: str | None) -> str:
+    require("onnx_ir", "export")
+    from flabc.export import engine
+
+    return _choice(precision, engine.PRECISIONS)
+
+
+def _maker_of_onnx(target: str) -> Make:
+    def make(folder: Path, spec: ModelSpec, out: Path, precision: str, name: str) -> dict[str, Any]:
+        from flabc.export import engine
+
+        engine.write(folder, spec, out, target)
+        return _prove(out, folder, spec, target)
+
+    return make
+
+
+def _gguf_precision(precision: str | None) -> str:
+    require("gguf", "compress")
+    from flabc.export import gguf_writer
+
+    return _choice(precision, gguf_writer.PRECISIONS)
+
+
+def _choice(precision: str | None, known: Iterable[str]) -> str:
+    """A precision that the target has, its first by default."""
+    chosen = precision or next(iter(known))
+    if chosen not in known:
+        raise UnknownNameError("precision", chosen, known)
+    return chosen
+
+
+def _make_gguf(folder: Path, spec: ModelSpec, out: Path, precision: str, name: str) -> dict[str, Any]:
+    from flabc.compress.load import complete_config
+    from flabc.export import gguf_writer
+
+    gguf_writer.check_layers(spec)
+    config = complete_config(folder)
+    gguf_writer.check(spec, config)
+    file = out / gguf_writer.FILE
+    stored = gguf_writer.write(folder, spec, config, file, precision=precision, name=name)
+    length = gguf_writer.context_length(spec, config)
+    return _prove_gguf(file, folder, spec, precision, length) | {"stored": stored}
+
+
+TARGETS = {
+    "onnx": Target("engine", _onnx_precision, _maker_of_onnx("onnx")),
+    "onnx-standard": Target("engine", _onnx_precision, _maker_of_onnx("onnx-standard")),
+    "gguf": Target("gguf", _gguf_precision, _make_gguf),
+}
+
+
+def target_named(name: str) -> Target:
+    """The target of that name.
+
+    Raises:
+        UnknownNameError: if there is none.
+    """
+    if name not in TARGETS:
+        raise UnknownNameError("target", name, TARGETS)
+    return TARGETS[name]
+
+
+def _prove(engine: Path, folder: Path, spec: ModelSpec, target: str) -> dict[str, Any]:
+    """Compare an engine that is still a draft with torch on the checkpoint it was made from."""
+    require("torch", "compress")
+    from flabc.export import parity
+    from flabc.runtime.backend import RUNS, Limits, open_backend
+    from flabc.runtime.text import TextCodec
+
+    length = max(parity.LENGTHS) + parity.STEPS
+    if spec.max_position_embeddings < length:
+        raise ModelError(
+            "The model has too few positions to be checked against torch.",
+            expected=f"at least {length}",
+            found=str(spec.max_position_embeddings),
+        )
+    limits = Limits(max_batch=len(parity.LENGTHS), max_length=length)
+    candidate = open_backend(RUNS[target], engine, spec, limits)
+    reference = open_backend("torch", folder, spec, limits)
+    text = Path(parity.__file__).read_text(encoding="utf-8")  # code, and always at hand
+    ids = TextCodec(folder).encode_plain(text)
+    return parity.check(candidate, reference, ids, max_batch=limits.max_batch).receipt()
+
+
+def _prove_gguf(file: Path, folder: Path, spec: ModelSpec, precision: str, length: int) -> dict[str, Any]:
+    """Load a GGUF that is still a draft back with transformers, and compare it with its checkpoint in torch.
+
+    The bound of float32 holds between the file and the checkpoint with its matrices rounded as the file has them, so
+    that rounding hides no fault; what rounding itself costs is measured and bounded beside it.
+
+    Raises:
+        ParityError: if one of the bounds does not hold, or the tokenizers give other ids.
+    """
+    from flabc.export import gguf_writer, parity
+    from flabc.runtime.backend import Limits
+    from flabc.runtime.backends.reference import TorchBackend
+    from flabc.runtime.text import TextCodec
+
+    codec, limits = TextCodec(folder), Limits(max_length=length)
+    text = Path(parity.__file__).read_text(encoding="utf-8")
+    rounding: dict[str, Any] = {}
+    with progress("comparing the file with torch", 4) as advance:
+        reference = TorchBackend(folder, spec, limits)
+        expected = parity.read(reference, codec.encode_plain(text), length)
+        advance(1)
+        if precision != "fp32":
+            reference.change_matrices(lambda matrix: gguf_writer.rounded(matrix, precision))
+            cost = parity.reread(reference, expected, tolerance=gguf_writer.ROUNDING[precision])
+            rounding = {"rounding": cost.receipt()}
+            _hold(cost.max_relative <= cost.tolerance, f"Rounding to {precision} changes the model too much.", cost)
+            expected = [(ids, reference.score(ids[None])[0]) for ids, _ in expected]
+        del reference
+        advance(1)
+        with model_folder(str(file)) as (back, found, _):
+            _same_tokens(codec, TextCodec(back), (text, parity.ODD_TEXT))
+            advance(1)
+            proof = parity.reread(TorchBackend(back, found, limits), expected)
+            _hold(proof.holds, "The file does not say what the checkpoint says.", proof)
+            advance(1)
+    return proof.receipt() | rounding
+
+
+def _hold(holds: bool, problem: str, parity: Parity) -> None:
+    if not holds:
+        raise ParityError(
+            problem,
+            expected=f"logits within {parity.tolerance:g} of torch's",
+            found=f"a difference of {parity.max_relative:.3g}, {parity.greedy_mismatches} other tokens",
+            fix="No folder was written.",
+        )
+
+
+def _same_tokens(ours: TextCodec, theirs: TextCodec, texts: Sequence[str]) -> None:
+    """Make sure that two tokenizers do the same with texts.
+
+    Raises:
+        ParityError: at the first that they encode differently.
+    """
+    for text in texts:
+        expected, found = ours.encode(text), theirs.encode(text)
+        if expected != found:
+            at = next((n for n, pair in enumerate(zip(expected, found, strict=False)) if pair[0] != pair[1]), 0)
+            raise ParityError(
+                "The tokenizer that transformers reads from the file gives other ids.",
+                expected=f"{expected[at : at + 5]} at {at}",
+                found=str(found[at : at + 5]),
+                fix="No folder was written.",
+            )
