@@ -85,8 +85,10 @@ def write_tokenizer(model: CausalLM, folder: Path) -> None:
 def config_of(model: CausalLM) -> dict[str, Any]:
     """The config of the model's shapes; ``ModelSpec.from_config`` reads the same spec back."""
     config = {key: value for key, value in model.config.items() if key not in _BY_NUMBER}
-    if set(config.get("layer_types") or ()) <= {"full_attention"}:
-        config.pop("layer_types", None)  # says nothing, and older versions of transformers do not know it
+    if set(config.get("layer_types") or ()) <= {"full_attention"} and not config.get("sliding_window"):
+        # Says nothing, and older versions of transformers do not know it. Where there is a window it does: without it
+        # Gemma's layers get their type from their number, and those that looked all the way back no longer do.
+        config.pop("layer_types", None)
     config |= {"architectures": [model.family.architecture]}
     config |= model.spec.config_fields(
         native=model.spec.is_uniform and _is_allowed(config | model.spec.config_fields())

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flabc.compress import checkpoint, load, pipeline
 from flabc.compress.config import Calibration, LayersConfig, Target, VocabConfig, WidthsConfig
-from flabc.compress.model import CausalLM
+from flabc.compress.model import CausalLM, cut_layers
 from flabc.spec import ModelSpec
 
 VARIANTS = ["llama-tied", "llama-untied-biased", "qwen2-tied", "qwen2-untied"]
@@ -167,3 +167,20 @@ def test_a_target_is_what_the_saved_model_has(tiny: Callable[[str], Path], corpu
 def test_whoever_may_read_the_config_may_read_the_weights(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     checkpoint.write(load.load(str(tiny("llama-tied"))), tmp_path)
     assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
+
+
+@torch.no_grad()
+def test_a_layer_that_looks_all_the_way_back_does_so_when_it_is_first(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Without its types Gemma would take its first layer for one that looks through a window."""
+    from transformers import AutoModelForCausalLM
+
+    source = tiny("gemma2-tied")
+    checkpoint.write(cut_layers(load.load(str(source)), [1]), tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager").eval()
+    theirs.model.layers = torch.nn.ModuleList([theirs.model.layers[1]])
+    theirs.config.num_hidden_layers, theirs.config.layer_types = 1, ["full_attention"]
+    found = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    tokens = torch.arange(3, 43)[None]  # longer than the window of 16
+    torch.testing.assert_close(found(tokens).logits, theirs(tokens, use_cache=False).logits)
