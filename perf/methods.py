@@ -112,12 +112,12 @@ def flap(*_: Any) -> Stages:
     ]
 
 
-def ours(*, restore: bool) -> Callable[[ModelSpec, int, int | None], Stages]:
+def ours(*, restore: bool, allocation: str = "uniform") -> Callable[[ModelSpec, int, int | None], Stages]:
     """Vocabulary first, then channels one after another; restored in sequence or not."""
 
     def stages(_: ModelSpec, __: int, rows: int | None) -> Stages:
         cut = {"stage": "vocab", "corpus": VOCABULARY, "max_size": rows}
-        narrowed = {"stage": "widths", "score": "obs", "restore": False, "multiple_of": 16}
+        narrowed = {"stage": "widths", "score": "obs", "restore": False, "multiple_of": 16, "allocation": allocation}
         return [*([cut] if rows else []), narrowed, *([{"stage": "restore"}] if restore else [])]
 
     return stages
@@ -130,6 +130,7 @@ METHODS = {
     "flap": Method("FLAP", flap),
     "ours-unrestored": Method("flabc without restoration", ours(restore=False)),
     "ours": Method("flabc", ours(restore=True)),
+    "ours-kl": Method("flabc, rates by KL", ours(restore=True, allocation="kl")),
 }
 
 
@@ -314,6 +315,7 @@ def compress(model: str, recipe: Recipe, folder: Path, *, emitted: bool) -> dict
         "vocab_size": cut.spec.vocab_size,
         "layers": shape if len({json.dumps(layer) for layer in shape}) > 1 else [len(shape), shape[0]],
         "seconds": round(seconds, 1),
+        "cpu": environment()["cpu"],
         "stages": [receipt.summary for receipt in receipts],
     }
 

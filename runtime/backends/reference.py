@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from flabc.console import note
 from flabc.errors import EngineError, UnknownNameError, require
 from flabc.families import family_named
 from flabc.families.per_layer import MODELING, modeling_code
@@ -51,6 +52,10 @@ class TorchBackend:
             raise EngineError("CUDA was asked for.", found="a torch that sees no CUDA device")
         if limits.dtype not in DTYPES:
             raise UnknownNameError("dtype", limits.dtype, DTYPES)
+        if limits.dtype == "bfloat16" and device == "cpu" and not self._torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            note(
+                "this processor has no units for bfloat16, which is computed in software: float32 is many times faster"
+            )
         verbosity = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
