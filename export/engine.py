@@ -20,6 +20,7 @@ from .dialects.onnxruntime_contrib import OnnxRuntimeDialect
 from .dialects.standard import StandardDialect
 from .genai_config import genai_config
 from .graph import Graph, build
+from .quantize import PRECISIONS as QUANTIZATIONS
 from .weights import CheckpointWeights
 
 #: What an engine folder takes over from the checkpoint as it is.
@@ -41,10 +42,12 @@ DIALECTS: dict[str, Callable[[ModelSpec], Dialect]] = {
     "onnx": OnnxRuntimeDialect,
     "onnx-standard": StandardDialect,
 }
-PRECISIONS = ("fp32",)
+
+#: The precisions that each can store weights in, the first by default.
+PRECISIONS: dict[str, tuple[str, ...]] = {"onnx": tuple(QUANTIZATIONS), "onnx-standard": ("fp32",)}
 
 
-def write(checkpoint: Path, spec: ModelSpec, out: Path, target: str = "onnx") -> None:
+def write(checkpoint: Path, spec: ModelSpec, out: Path, target: str = "onnx", precision: str = "fp32") -> None:
     """Write graphs, weights, tokenizer and configs into ``out``.
 
     Args:
@@ -52,20 +55,22 @@ def write(checkpoint: Path, spec: ModelSpec, out: Path, target: str = "onnx") ->
         spec: its shapes.
         out: a folder that exists.
         target: one of ``DIALECTS``.
+        precision: one of ``PRECISIONS`` of the target.
 
     Raises:
         ModelError: if the graph cannot be built for this model, or a tensor is missing.
     """
     weights = CheckpointWeights(checkpoint, spec)
     known = architecture(spec, read_json(checkpoint / "config.json"))
-    dialect = DIALECTS[target]
-    model = build(Graph(spec, known, weights), dialect(spec))
+    dialect, quantization = DIALECTS[target], QUANTIZATIONS[precision]
+    model = build(Graph(spec, known, weights, quantization), dialect(spec))
     total = len(model.graph.initializers)
     with progress("writing weights", total) as advance:
         ir.save(model, out / GRAPH, external_data=DATA, callback=lambda *_: advance(1))
     stored = {name: value.const_value for name, value in ir.load(out / GRAPH).graph.initializers.items()}
     external = {name: tensor for name, tensor in stored.items() if isinstance(tensor, ir.ExternalTensor)}
-    ir.save(build(Graph(spec, known, weights, external), dialect(spec), scoring=True), out / SCORING_GRAPH)
+    scoring = Graph(spec, known, weights, quantization, external)
+    ir.save(build(scoring, dialect(spec), scoring=True), out / SCORING_GRAPH)
     for name in COPIED:
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, out / name)

@@ -20,6 +20,7 @@ from flabc.spec import LayerSpec, ModelSpec
 
 from .architecture import Architecture
 from .dialects.dialect import Dialect
+from .quantize import Quantization
 from .weights import Array, CheckpointWeights
 
 IR_VERSION = 10
@@ -36,6 +37,7 @@ class Graph:
         spec: the model's shapes.
         architecture: what it computes beyond them.
         weights: where tensors come from, when they are written.
+        quantization: how matrices are stored; None for float32.
         stored: initializers that already lie in a data file; those are referred to instead of written again.
         tape: records the nodes.
     """
@@ -43,6 +45,7 @@ class Graph:
     spec: ModelSpec
     architecture: Architecture
     weights: CheckpointWeights
+    quantization: Quantization | None = None
     stored: Mapping[str, ir.TensorProtocol] = field(default_factory=dict)
     tape: Tape = field(default_factory=Tape)
 
@@ -50,19 +53,26 @@ class Graph:
         """A small tensor that is part of the graph; one of each name."""
         return self._initializer(name, self.stored[name] if name in self.stored else ir.tensor(value, name=name))
 
-    def weight(self, name: str, shape: tuple[int, ...], make: Callable[[], Array]) -> ir.Value:
+    def weight(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        make: Callable[[], Array],
+        dtype: ir.DataType = ir.DataType.FLOAT,
+    ) -> ir.Value:
         """A tensor of the model, made when the file is written.
 
         Args:
             name: its name in the graph.
             shape: its shape.
-            make: reads it, float32.
+            make: reads it.
+            dtype: what it holds.
         """
 
         def tensor() -> ir.TensorProtocol:
             return ir.tensor(np.ascontiguousarray(make()), name=name)
 
-        return self._initializer(name, ir.LazyTensor(tensor, ir.DataType.FLOAT, ir.Shape(shape), name=name))
+        return self._initializer(name, ir.LazyTensor(tensor, dtype, ir.Shape(shape), name=name))
 
     def scalar(self, name: str, value: float) -> ir.Value:
         """A number that is part of the graph; one of each name."""
@@ -96,7 +106,7 @@ class Graph:
         def transposed() -> Array:
             return np.concatenate([self.weights.get(role, layer).T for role in roles], axis=1) * scale
 
-        y = self.op("MatMul", x, self.weight(f"{name}.weight", size, transposed))
+        y = self._product(x, name, size, transposed)
         if not self.weights.has(f"{roles[0]}_bias", self.spec):
             return y
 
@@ -104,6 +114,11 @@ class Graph:
             return np.concatenate([self.weights.get(f"{role}_bias", layer) for role in roles]) * scale
 
         return self.op("Add", y, self.weight(f"{name}.bias", (size[1],), bias))
+
+    def _product(self, x: ir.Value, name: str, size: tuple[int, int], make: Callable[[], Array]) -> ir.Value:
+        if self.quantization is not None:
+            return self.quantization.product(self, x, name, size, make, outer=False)
+        return self.op("MatMul", x, self.weight(f"{name}.weight", size, make))
 
     def _axes(self, role: str, layer: LayerSpec) -> tuple[int, int]:
         """Rows and columns of a linear weight, as torch stores it."""
@@ -128,12 +143,7 @@ def build(graph: Graph, dialect: Dialect, *, scoring: bool = False) -> ir.Model:
     spec = graph.spec
     ids = _input("input_ids", ir.DataType.INT64, ("batch", "sequence"))
     dialect.begin(graph, ids)
-    embedding = graph.weight(
-        "model.embed_tokens.weight",
-        (spec.vocab_size, spec.hidden_size),
-        lambda: graph.weights.get("embedding"),
-    )
-    residual, branch = _scaled(graph, graph.op("Gather", embedding, ids), "embedding"), None  # (B, S, D)
+    residual, branch = _scaled(graph, _embedded(graph, ids), "embedding"), None  # (B, S, D)
     for index, layer in enumerate(spec.layers):
         if layer.has_attention:
             x, residual = dialect.norm(graph, residual, branch, "attention_norm", index)
@@ -145,7 +155,7 @@ def build(graph: Graph, dialect: Dialect, *, scoring: bool = False) -> ir.Model:
     x, _ = dialect.norm(graph, residual, branch, "final_norm", None)
     if not scoring:
         x = dialect.last(graph, x)
-    logits = _logits(graph, x, embedding)
+    logits = _logits(graph, x)
     return _model(graph, dialect, ids, logits, scoring)
 
 
@@ -179,21 +189,43 @@ def _scaled(graph: Graph, x: ir.Value, what: str) -> ir.Value:
     return x if scale == 1 else graph.op("Mul", x, graph.scalar(f"{what}_scale", scale))
 
 
-def _logits(graph: Graph, x: ir.Value, embedding: ir.Value) -> ir.Value:
+#: The matrices outside the layers, by their roles.
+OUTER = {"embedding": "model.embed_tokens", "head": "lm_head"}
+
+
+def _outer(graph: Graph, role: str) -> ir.Value:
+    """The embedding or the output matrix, (V, D)."""
+    shape = (graph.spec.vocab_size, graph.spec.hidden_size)
+    return graph.weight(f"{OUTER[role]}.weight", shape, lambda: graph.weights.get(role))
+
+
+def _embedded(graph: Graph, ids: ir.Value) -> ir.Value:
+    """(B, S) to (B, S, D)."""
+    if graph.quantization is None:
+        return graph.op("Gather", _outer(graph, "embedding"), ids)
+    size = (graph.spec.hidden_size, graph.spec.vocab_size)
+    return graph.quantization.gather(graph, ids, OUTER["embedding"], size, lambda: graph.weights.get("embedding").T)
+
+
+def _logits(graph: Graph, x: ir.Value) -> ir.Value:
     """(B, S, D) to (B, S, V). A tied matrix is the embedding itself, stored once; Gemm reads it transposed."""
     spec = graph.spec
-    matrix = embedding
-    if not spec.tie_word_embeddings:
-        shape = (spec.vocab_size, spec.hidden_size)
-        matrix = graph.weight("lm_head.weight", shape, lambda: graph.weights.get("head"))
+    role = "embedding" if spec.tie_word_embeddings else "head"
     flat = graph.op("Reshape", x, graph.constant("rows_of_hidden", np.array([-1, spec.hidden_size])))
-    product = _scaled(graph, graph.op("Gemm", flat, matrix, transB=1), "logits")  # (B * S, V)
+    if graph.quantization is None:
+        product = graph.op("Gemm", flat, _outer(graph, role), transB=1)  # (B * S, V)
+    else:
+        size = (spec.hidden_size, spec.vocab_size)
+        product = graph.quantization.product(
+            graph, flat, OUTER[role], size, lambda: graph.weights.get(role).T, outer=True
+        )
+    product = _scaled(graph, product, "logits")
     if cap := graph.architecture.logits_softcap:
         bound = graph.scalar("logits_softcap", cap)
         product = graph.op("Mul", graph.op("Tanh", graph.op("Div", product, bound)), bound)
     outer = graph.op("Shape", x, start=0, end=2)
-    size = graph.op("Concat", outer, graph.constant("vocab_size", np.array([spec.vocab_size])), axis=0)
-    return graph.op("Reshape", product, size)
+    shape = graph.op("Concat", outer, graph.constant("vocab_size", np.array([spec.vocab_size])), axis=0)
+    return graph.op("Reshape", product, shape)
 
 
 def _model(graph: Graph, dialect: Dialect, ids: ir.Value, logits: ir.Value, scoring: bool) -> ir.Model:

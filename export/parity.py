@@ -8,7 +8,7 @@ does not hide those behind it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -63,7 +63,9 @@ class Parity:
         greedy_steps: steps of the greedy continuation compared.
         greedy_mismatches: steps at which the tokens differ although the reference was sure: its two best logits
             are further apart than rounding.
-        tolerance: the bound on ``max_relative``.
+        tolerance: the bound on ``max_relative``; None if weights are rounded, so that other bounds count.
+        kl_bound: the bound on ``kl``, None if there is none.
+        top1_bound: the least ``top1_agreement``.
     """
 
     positions: int = 0
@@ -73,19 +75,35 @@ class Parity:
     top1_agreement: float = 0.0
     greedy_steps: int = 0
     greedy_mismatches: int = 0
-    tolerance: float = FP32_TOLERANCE
+    tolerance: float | None = FP32_TOLERANCE
+    kl_bound: float | None = None
+    top1_bound: float = 0.0
 
     @property
     def holds(self) -> bool:
         """Whether the engine may ship."""
-        return self.max_relative <= self.tolerance and self.greedy_mismatches == 0
+        near = self.tolerance is None or (self.max_relative <= self.tolerance and self.greedy_mismatches == 0)
+        alike = (self.kl_bound is None or self.kl <= self.kl_bound) and self.top1_agreement >= self.top1_bound
+        return near and alike
 
     def receipt(self) -> dict[str, Any]:
         """Plain data, for the manifest."""
-        return {key: float(f"{value:.4g}") for key, value in asdict(self).items()} | {"holds": self.holds}
+        figures = {key: value for key, value in asdict(self).items() if value is not None}
+        return {key: float(f"{value:.4g}") for key, value in figures.items()} | {"holds": self.holds}
 
 
-def check(engine: Answers, reference: Answers, text_ids: Sequence[int], *, max_batch: int) -> Parity:
+#: What is asked of an engine, by its precision: nothing but rounding in float32; else how far what it says may be from
+#: what the model says, and how often its most likely token must be the model's.
+BOUNDS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "int8": {"tolerance": None, "kl_bound": 0.02, "top1_bound": 0.9},
+    "int4": {"tolerance": None, "kl_bound": 0.3, "top1_bound": 0.4},
+}
+
+
+def check(
+    engine: Answers, reference: Answers, text_ids: Sequence[int], *, max_batch: int, precision: str = "fp32"
+) -> Parity:
     """Compare an engine with its reference.
 
     Args:
@@ -93,6 +111,7 @@ def check(engine: Answers, reference: Answers, text_ids: Sequence[int], *, max_b
         reference: what it was exported from.
         text_ids: token ids of real text, at least ``sum(LENGTHS)`` of them: prompts are cut from it.
         max_batch: sequences that both can hold at once.
+        precision: of the engine, a key of ``BOUNDS``.
 
     Raises:
         ParityError: if the engine is out of bounds; the message has the figures.
@@ -113,16 +132,27 @@ def check(engine: Answers, reference: Answers, text_ids: Sequence[int], *, max_b
         steps = _greedy(engine, reference, prompts[2])
         advance(1)
     parity = _measure([*pairs, *steps])
-    parity.greedy_steps = len(steps)
-    parity.greedy_mismatches = sum(_differ(a[0], b[0], parity.tolerance) for a, b in steps)
+    parity = replace(parity, greedy_steps=len(steps), **BOUNDS[precision])
+    parity.greedy_mismatches = sum(_differ(a[0], b[0], parity.tolerance or 0.0) for a, b in steps)
     if not parity.holds:
-        raise ParityError(
-            "The engine does not say what the model says.",
-            expected=f"logits within {parity.tolerance:g} of the reference, and the same greedy tokens",
-            found=f"a difference of {parity.max_relative:.3g}, {parity.greedy_mismatches} of {len(steps)} tokens",
-            fix="No folder was written. This is a fault in flabc or ONNX Runtime: please report it.",
-        )
+        raise _out_of_bounds(parity, precision)
     return parity
+
+
+def _out_of_bounds(parity: Parity, precision: str) -> ParityError:
+    if parity.tolerance is None:
+        return ParityError(
+            f"In {precision} the engine says too little of what the model says.",
+            expected=f"a KL of at most {parity.kl_bound:g} nats, the same most likely token at {parity.top1_bound:.0%}",
+            found=f"{parity.kl:.3g} nats, {parity.top1_agreement:.0%}",
+            fix="No folder was written. Choose a precision with more bits.",
+        )
+    return ParityError(
+        "The engine does not say what the model says.",
+        expected=f"logits within {parity.tolerance:g} of the reference, and the same greedy tokens",
+        found=f"a difference of {parity.max_relative:.3g}, {parity.greedy_mismatches} of {parity.greedy_steps} tokens",
+        fix="No folder was written. This is a fault in flabc or ONNX Runtime: please report it.",
+    )
 
 
 def read(model: Answers, text_ids: Sequence[int], length: int) -> list[tuple[Ids, Logits]]:
@@ -161,7 +191,9 @@ def reread(model: Answers, expected: Sequence[tuple[Ids, Logits]], *, tolerance:
     Args:
         model: what is compared.
         expected: what ``read`` gave of the reference.
-        tolerance: the bound on ``max_relative``.
+        tolerance: the bound on ``max_relative``; None if weights are rounded, so that other bounds count.
+        kl_bound: the bound on ``kl``, None if there is none.
+        top1_bound: the least ``top1_agreement``.
     """
     found = [model.score(ids[None])[0] for ids, _ in expected]
     parity = _measure([(logits, other) for (_, logits), other in zip(expected, found, strict=True)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -166,12 +166,23 @@ def compress(
     emit(as_json, done, lambda: _show_compressed(done))
 
 
+def _agreement(parity: Mapping[str, Any]) -> str:
+    """How near an engine is to torch, in words."""
+    if "tolerance" not in parity:  # weights are rounded
+        return f"KL to torch {parity['kl']:.2g} nats, the same most likely token at {parity['top1_agreement']:.1%}"
+    rounding = parity.get("rounding", {}).get("max_relative")
+    near = f"logits within {parity['max_relative']:.1g} of torch, {parity['greedy_steps']:.0f} greedy tokens agree"
+    return near + (f"; rounding moved logits by up to {rounding:.1g}" if rounding is not None else "")
+
+
 @cli.command()
 @click.argument("checkpoint", required=False)
 @click.option("-o", "--output", type=click.Path(), help="The engine folder to write.")
 @click.option("--target", help="What to make: onnx, onnx-standard, or gguf for llama.cpp.  [default: onnx]")
 @click.option(
-    "--precision", help="The precision of the weights: fp32; for gguf fp16, fp32, bf16 or int8.  [default: the first]"
+    "--precision",
+    help="The precision of the weights: fp32, int8 or int4; for onnx-standard fp32; for gguf fp16, fp32, bf16 or int8. "
+    " [default: the first]",
 )
 @TIE
 @FORCE
@@ -213,13 +224,8 @@ def export(
 
     def show() -> None:
         for result in done:
-            parity = result.parity
-            rounding = parity.get("rounding", {}).get("max_relative")
-            click.echo(
-                f"{result.path}: {result.spec.num_parameters / 1e6:.1f} M parameters, {result.precision}; "
-                f"logits within {parity['max_relative']:.1g} of torch, {parity['greedy_steps']:.0f} greedy tokens agree"
-                + (f"; rounding moved logits by up to {rounding:.1g}" if rounding is not None else "")
-            )
+            size = f"{result.spec.num_parameters / 1e6:.1f} M parameters, {result.precision}"
+            click.echo(f"{result.path}: {size}; {_agreement(result.parity)}")
 
     emit(as_json, data, show)
 

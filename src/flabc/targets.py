@@ -69,21 +69,20 @@ def model_folder(model: str, *, tie: bool = False) -> Iterator[tuple[Path, Model
         yield Path(folder), spec, None
 
 
-def _onnx_precision(precision: str | None) -> str:
-    require("onnx_ir", "export")
-    from flabc.export import engine
+def _onnx(target: str) -> Target:
+    def precision(name: str | None) -> str:
+        require("onnx_ir", "export")
+        from flabc.export import engine
 
-    return _choice(precision, engine.PRECISIONS)
+        return _choice(name, engine.PRECISIONS[target])
 
-
-def _maker_of_onnx(target: str) -> Make:
     def make(folder: Path, spec: ModelSpec, out: Path, precision: str, name: str) -> dict[str, Any]:
         from flabc.export import engine
 
-        engine.write(folder, spec, out, target)
-        return _prove(out, folder, spec, target)
+        engine.write(folder, spec, out, target, precision)
+        return _prove(out, folder, spec, target, precision)
 
-    return make
+    return Target("engine", precision, make)
 
 
 def _gguf_precision(precision: str | None) -> str:
@@ -115,8 +114,8 @@ def _make_gguf(folder: Path, spec: ModelSpec, out: Path, precision: str, name: s
 
 
 TARGETS = {
-    "onnx": Target("engine", _onnx_precision, _maker_of_onnx("onnx")),
-    "onnx-standard": Target("engine", _onnx_precision, _maker_of_onnx("onnx-standard")),
+    "onnx": _onnx("onnx"),
+    "onnx-standard": _onnx("onnx-standard"),
     "gguf": Target("gguf", _gguf_precision, _make_gguf),
 }
 
@@ -132,7 +131,7 @@ def target_named(name: str) -> Target:
     return TARGETS[name]
 
 
-def _prove(engine: Path, folder: Path, spec: ModelSpec, target: str) -> dict[str, Any]:
+def _prove(engine: Path, folder: Path, spec: ModelSpec, target: str, precision: str) -> dict[str, Any]:
     """Compare an engine that is still a draft with torch on the checkpoint it was made from."""
     require("torch", "compress")
     from flabc.export import parity
@@ -151,7 +150,7 @@ def _prove(engine: Path, folder: Path, spec: ModelSpec, target: str) -> dict[str
     reference = open_backend("torch", folder, spec, limits)
     text = Path(parity.__file__).read_text(encoding="utf-8")  # code, and always at hand
     ids = TextCodec(folder).encode_plain(text)
-    return parity.check(candidate, reference, ids, max_batch=limits.max_batch).receipt()
+    return parity.check(candidate, reference, ids, max_batch=limits.max_batch, precision=precision).receipt()
 
 
 def _prove_gguf(file: Path, folder: Path, spec: ModelSpec, precision: str, length: int) -> dict[str, Any]:
@@ -179,7 +178,11 @@ def _prove_gguf(file: Path, folder: Path, spec: ModelSpec, precision: str, lengt
             reference.change_matrices(lambda matrix: gguf_writer.rounded(matrix, precision))
             cost = parity.reread(reference, expected, tolerance=gguf_writer.ROUNDING[precision])
             rounding = {"rounding": cost.receipt()}
-            _hold(cost.max_relative <= cost.tolerance, f"Rounding to {precision} changes the model too much.", cost)
+            _hold(
+                cost.max_relative <= gguf_writer.ROUNDING[precision],
+                f"Rounding to {precision} changes the model too much.",
+                cost,
+            )
             expected = [(ids, reference.score(ids[None])[0]) for ids, _ in expected]
         del reference
         advance(1)
