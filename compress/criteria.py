@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from math import pi
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,11 @@ class Readout:
 
     log_probs: Tensor
     targets: Tensor
+
+    @cached_property
+    def probs(self) -> Tensor:
+        """Probabilities of the next token, (n, V); computed once for all variants that are compared with them."""
+        return self.log_probs.exp()
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,10 @@ Criterion = Readouts | Stream
 
 def kl(dense: Readout, variant: Readout) -> Tensor:
     """KL(dense || variant) over the token logits, in nats, (n,). The objective of Flab-Pruner (Fang et al., 2024)."""
-    return (dense.log_probs.exp() * (dense.log_probs - variant.log_probs)).sum(-1)
+    import torch
+
+    cost: Tensor = torch.linalg.vecdot(dense.probs, dense.log_probs - variant.log_probs)
+    return cost
 
 
 def perplexity(dense: Readout, variant: Readout) -> Tensor:

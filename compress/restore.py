@@ -130,7 +130,7 @@ def explain(gap: Tensor, inputs: Tensor, damping: float, *, intercept: bool = Fa
     left.addr_(mean, mean, alpha=-len(gap))
     right.addr_(mean, lacks, alpha=-len(gap))
     change = _solve(left.double(), right.double(), damping).T.float()
-    return change, lacks - change @ mean
+    return change, (lacks.double() - change.double() @ mean.double()).float()  # see units.cut_projection
 
 
 def refit(weight: Tensor, gram: Tensor, keep: Tensor, damping: float = DAMPING) -> Tensor:

@@ -212,13 +212,15 @@ def cut_projection(heard: Heard, keep: Tensor, *, restore: bool, bias: bool) -> 
     if restore:
         assert gram is not None, "a refit hears the Gram matrix"
         weight = refit(heard.weight, gram, keep).to(weight.dtype)
-    mean = heard.total / heard.tokens
+    # In float64: a product with one vector rounds by where in memory it lies, and streamed weights lie elsewhere.
+    mean = heard.total.double() / heard.tokens
+    shift = heard.weight.double() @ mean - weight.double() @ mean[keep]
     error = None
     if gram is not None:
         gap = heard.weight.clone()
         gap[:, keep] -= weight
         error = energy(gap, gram) / whole if whole else 0.0
-    return CutProjection(weight, heard.weight @ mean - weight @ mean[keep], error)
+    return CutProjection(weight, shift.float(), error)
 
 
 def energy(weight: Tensor, gram: Tensor) -> float:

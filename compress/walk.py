@@ -164,13 +164,18 @@ class Walk:
 
         The last position of each sequence is left out: nothing comes after it.
         """
+        for targets, read in self._groups():
+            yield {variant: Readout(read(h), targets) for variant, h in hidden.items()}
+
+    def _groups(self) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
+        """A few hundred positions at a time: the tokens that came next, and how hidden states are read there."""
         head = self.surround.head()
         targets = self.tokens[:, 1:].reshape(-1).to(self.device)
-        flat = {variant: h[:, :-1].reshape(-1, h.shape[-1]) for variant, h in hidden.items()}
-        for start in range(0, len(targets), LOGIT_ROWS):
-            rows = slice(start, start + LOGIT_ROWS)
-            yield {variant: Readout(head.log_probs(h[rows]), targets[rows]) for variant, h in flat.items()}
+        for places in torch.arange(len(targets), device=self.device).split(LOGIT_ROWS):  # type: ignore[no-untyped-call]
+            row, at = places // (self.tokens.shape[1] - 1), places % (self.tokens.shape[1] - 1)
+            yield targets[places], lambda hidden, row=row, at=at: head.log_probs(hidden[row, at])  # type: ignore[misc]
 
+    @torch.no_grad()
     def costs(
         self,
         dense: Tensor,
@@ -179,21 +184,21 @@ class Walk:
     ) -> dict[Variant, float]:
         """The mean cost per token of each variant against the dense hidden states.
 
+        One variant's logits are held beside the dense ones, however many variants there are.
+
         Args:
             dense: hidden states of the dense model, (N, T, D).
             variants: hidden states of each variant, (N, T, D).
             criterion: one of ``criteria.CRITERIA``.
         """
         totals = dict.fromkeys(variants, 0.0)
-        count = 0
-        reference: Variant = ()  # no variant of a model is empty
-        with progress("comparing with the dense model", self.tokens[:, 1:].numel()) as advance:
-            for group in self.readouts({reference: dense, **variants}):
-                base = group.pop(reference)
-                for variant, readout in group.items():
-                    totals[variant] += float(criterion(base, readout).sum())
-                count += len(base.targets)
-                advance(len(base.targets))
+        count = self.tokens[:, 1:].numel()
+        with progress("comparing with the dense model", count) as advance:
+            for targets, read in self._groups():
+                base = Readout(read(dense), targets)
+                for variant, hidden in variants.items():
+                    totals[variant] += float(criterion(base, Readout(read(hidden), targets)).sum())
+                advance(len(targets))
         return {variant: total / count for variant, total in totals.items()}
 
 

@@ -52,6 +52,7 @@ def test_the_code_map_names_every_module() -> None:
 
 
 @pytest.mark.chain
+@pytest.mark.timeout(3600)  # minutes where the processor multiplies bfloat16, a quarter of an hour more where not
 def test_the_readme_runs(tmp_path: Path) -> None:
     """Every bash block, in order, in one empty folder; then every Python block."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
