@@ -42,14 +42,7 @@ class OrtBackend:
         self._session = open_graph(folder / GRAPH, limits)
         # One buffer per layer and kind for the longest sequence: bound as past and as present, so that
         # GroupQueryAttention appends in place instead of copying the whole cache at every token.
-        self._cache: dict[str, Logits] = {
-            f"{layer}.{kind}": np.zeros(
-                (limits.max_batch, shape.num_key_value_heads, limits.max_length, spec.head_dim), np.float32
-            )
-            for layer, shape in enumerate(spec.layers)
-            if shape.has_attention
-            for kind in ("key", "value")
-        }
+        self._cache = new_cache(spec, limits.max_batch, limits.max_length)
         self._lengths = np.zeros(0, np.int64)
 
     @cached_property
@@ -126,6 +119,16 @@ class OrtBackend:
     def _logits_at(self) -> int:
         """Where the binding lists the logits: it orders outputs as they were bound."""
         return len(self._cache)
+
+
+def new_cache(spec: ModelSpec, batch: int, length: int) -> dict[str, Logits]:
+    """Keys and values of every layer that attends, (batch, KV heads, length, head_dim) each."""
+    return {
+        f"{layer}.{kind}": np.zeros((batch, shape.num_key_value_heads, length, spec.head_dim), np.float32)
+        for layer, shape in enumerate(spec.layers)
+        if shape.has_attention
+        for kind in ("key", "value")
+    }
 
 
 def open_graph(file: Path, limits: Limits) -> Any:
