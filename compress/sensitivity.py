@@ -1,8 +1,9 @@
 """What narrowing one layer costs the whole model, for all layers and several widths in one walk.
 
 The error that a cut makes in its layer says little about what the model says in the end. So every place is cut to a few
-widths, refitted, and put in alone: each is a variant, and all ride on one walk. Between these widths the cost is taken to be convex. Knowing the costs of levels before choosing among
-them is the way of SPDY (Frantar and Alistarh, 2022) and ZipLM (Kurtic et al., 2023); the measure is Flab-Pruner's.
+widths, refitted, and put in alone: each is a variant, and all ride on one walk. Between these widths the cost is taken
+to be convex. Knowing the costs of levels before choosing among them is the way of SPDY (Frantar and Alistarh, 2022) and
+ZipLM (Kurtic et al., 2023); the measure is Flab-Pruner's.
 """
 
 from __future__ import annotations
