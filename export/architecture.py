@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
@@ -64,6 +64,7 @@ class Architecture:
         output_scale: what each sub-block's output is multiplied by.
         logits_scale: what logits are multiplied by.
         logits_softcap: the bound that they are bent to, or None.
+        layer_norm: whether norms are LayerNorms, with a bias, instead of RMSNorms.
     """
 
     family: Family
@@ -77,7 +78,7 @@ class Architecture:
     output_scale: float = 1.0
     logits_scale: float = 1.0
     logits_softcap: float | None = None
-    layer_norm: bool = field(default=False)
+    layer_norm: bool = False
 
     @property
     def gated(self) -> bool:
