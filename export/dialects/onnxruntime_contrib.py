@@ -14,11 +14,10 @@ import onnx_ir as ir
 
 from flabc.errors import ModelError
 from flabc.export.graph import Graph
+from flabc.export.quantize import MICROSOFT
 from flabc.spec import ModelSpec
 
 from .operations import cache_names, cache_value, head_norm, plain_norm, rotary_tables, value
-
-MICROSOFT = "com.microsoft"
 
 #: GroupQueryAttention turns a multiple of this many pairs of numbers.
 ROTARY_STEP = 8
