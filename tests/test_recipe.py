@@ -102,7 +102,7 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
 def test_init_writes_a_project_that_loads_and_matches_its_schema(tmp_path: Path) -> None:
     project.init(tmp_path, "smollm2-135m", "flab-22")
     loaded = project.find(tmp_path)
-    assert loaded == project.Project(model="smollm2-135m")
+    assert loaded == project.Project(model="smollm2-135m", precision="fp32")
     schema = json.loads((tmp_path / project.SCHEMA_FILE).read_text())
     written = yaml.safe_load((tmp_path / project.FILE).read_text())
     assert set(written) == set(schema["properties"])
