@@ -32,11 +32,11 @@ class StandardDialect:
 
     opsets: Mapping[str, int] = MappingProxyType({"": 24})
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, dtype: ir.DataType = ir.DataType.FLOAT) -> None:
         self._begin = value(WRITE_INDICES, ir.DataType.INT64, ("batch",))
         self._counts = value(TOKEN_COUNTS, ir.DataType.INT64, ("batch",))
-        self._past = {name: cache_value("past_key_values", name, PLACES, spec) for name in cache_names(spec)}
-        self._present = {name: cache_value("present", name, PLACES, spec) for name in cache_names(spec)}
+        self._past = {name: cache_value("past_key_values", name, PLACES, spec, dtype) for name in cache_names(spec)}
+        self._present = {name: cache_value("present", name, PLACES, spec, dtype) for name in cache_names(spec)}
 
     @property
     def inputs(self) -> list[ir.Value]:

@@ -18,7 +18,7 @@ from flabc.errors import require
 from flabc.runtime.backend import Ids, Limits, Logits
 from flabc.spec import ModelSpec
 
-from .ort import check_dtype, new_cache, open_graph
+from .ort import cache_dtype, check_dtype, new_cache, open_graph
 
 
 def open_backend(folder: Path, spec: ModelSpec, limits: Limits) -> StaticCacheBackend:
@@ -41,7 +41,8 @@ class StaticCacheBackend:
         self.spec, self.limits, self._folder = spec, limits, folder
         self._runtime = require("onnxruntime", "cpu")
         self._session = open_graph(folder / GRAPH, limits)
-        self._cache = new_cache(spec, limits.max_batch, limits.max_length)
+        self._dtype = cache_dtype(self._session)
+        self._cache = new_cache(spec, limits.max_batch, limits.max_length, self._dtype)
         self._lengths = np.zeros(0, np.int64)
 
     @cached_property
@@ -78,7 +79,7 @@ class StaticCacheBackend:
     def score(self, ids: Ids) -> Logits:
         """Logits at every position of fresh sequences, (B, S, V)."""
         rows, length = ids.shape
-        empty = new_cache(self.spec, rows, length)
+        empty = new_cache(self.spec, rows, length, self._dtype)
         feeds = {f"past_key_values.{name}": buffer for name, buffer in empty.items()}
         counts = {"write_indices": np.zeros(rows, np.int64), "token_counts": np.full(rows, length)}
         wanted = {given.name for given in self._scorer.get_inputs()}  # the last token is not picked, nor is it counted
