@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from flabc import __version__
+from flabc.commands.gate import gate
 from flabc.errors import FlabcError, UnknownNameError, UsageError
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 #: Commands whose names are settled and whose work is not in this version.
 PLANNED = {
     "data": "Mine instruction tasks from code.",
-    "gate": "Fail CI when an engine has become slower or worse.",
     "recover": "Train what was cut back in.",
     "search": "Find per-layer rates by evolution.",
     "serve": "Serve an engine over an OpenAI-compatible API.",
@@ -535,6 +535,8 @@ def _add_planned(name: str, purpose: str) -> None:
     def planned() -> None:
         raise FlabcError(f"flabc {name} is not in version {__version__}.", fix="See CHANGELOG.md for what is.")
 
+
+cli.add_command(gate)
 
 for _name, _purpose in PLANNED.items():
     _add_planned(_name, _purpose)

@@ -1,0 +1,149 @@
+"""``flabc gate``: judge an engine, measure the noise, make a baseline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .parameters import json_option
+
+if TYPE_CHECKING:
+    from flabc.gating import Gated, Noise
+
+#: Exit codes: what a CI job sees of a verdict.
+EXIT = {"pass": 0, "fail": 1, "undecided": 3}
+
+GATES = click.option(
+    "--gates",
+    "config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    required=True,
+    help="The limits, a YAML file.",
+)
+CORPUS = click.option(
+    "--corpus", default="python-stdlib", show_default=True, help="A built-in corpus, or a file or folder, for prompts."
+)
+
+
+@click.group()
+def gate() -> None:
+    """Fail CI when an engine has become slower, larger or worse, and only then.
+
+    \b
+    flabc gate run --candidate engine --against main-engine --gates gates.yaml -o verdict
+    flabc gate noise engine --gates gates.yaml
+    flabc gate baseline engine --gates gates.yaml -o baseline.json
+    """
+
+
+@gate.command()
+@click.option("--candidate", required=True, type=click.Path(path_type=Path), help="The engine in question.")
+@click.option(
+    "--against",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="An engine, measured now in turns; or a baseline's JSON, compared by what the machine could do.",
+)
+@GATES
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for JSON, JUnit XML and Markdown.")
+@CORPUS
+@click.option("--allow-code-execution", is_flag=True, help="Let code that the model wrote run, in a sandbox.")
+@click.option("--force", is_flag=True, help="Replace an output folder that is not empty.")
+@json_option
+@click.pass_context
+def run(
+    context: click.Context,
+    candidate: Path,
+    against: Path,
+    config: Path,
+    output: Path | None,
+    corpus: str,
+    allow_code_execution: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Judge an engine. Exit code 0: within all limits; 1: over one; 3: could not be decided.
+
+    Pairs of runs are added until every speed is surely on one side of its limit, or the gates' budget ends. Pairs
+    during which others use the machine do not count.
+
+    \b
+    flabc gate run --candidate engine --against main-engine --gates gates.yaml -o verdict
+    flabc gate run --candidate engine --against perf/baseline/engine.json --gates gates.yaml
+    """
+    from flabc import gating
+
+    found = gating.run(
+        candidate,
+        against,
+        config=config,
+        output=output,
+        corpus=corpus,
+        allow_code_execution=allow_code_execution,
+        force=force,
+    )
+    if as_json:
+        click.echo(found.model_dump_json(indent=2))
+    else:
+        _show(found)
+    context.exit(EXIT[found.verdict])
+
+
+@gate.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@GATES
+@CORPUS
+@json_option
+@click.pass_context
+def noise(context: click.Context, engine: Path, config: Path, corpus: str, as_json: bool) -> None:
+    """Measure ENGINE against itself: limits below this machine's noise are refused, with exit code 3.
+
+    \b
+    flabc gate noise engine --gates gates.yaml
+    """
+    from flabc import gating
+
+    found = gating.noise(engine, config=config, corpus=corpus)
+    if as_json:
+        click.echo(found.model_dump_json(indent=2))
+    else:
+        _show_noise(found)
+    context.exit(EXIT["undecided"] if found.too_tight else EXIT["pass"])
+
+
+@gate.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@GATES
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The JSON file to commit.")
+@CORPUS
+@json_option
+def baseline(engine: Path, config: Path, output: Path, corpus: str, as_json: bool) -> None:
+    """Measure ENGINE in multiples of what this machine can do at best, to compare with later.
+
+    \b
+    flabc gate baseline engine --gates gates.yaml -o perf/baseline/engine.json
+    """
+    from flabc import gating
+
+    made = gating.baseline(engine, output, config=config, corpus=corpus)
+    said = f"{output}: {len(made.runs)} runs on {made.environment['cpu']}"
+    click.echo(made.model_dump_json(indent=2) if as_json else said)
+
+
+def _show(found: Gated) -> None:
+    from flabc.perf.verdict_files import as_markdown
+
+    click.echo(as_markdown(found.checks), nl=False)
+    beside = f", {found.disturbed} more beside others' work did not count" if found.disturbed else ""
+    click.echo(f"{found.pairs} pairs in {found.seconds:.0f} s{beside}", err=True)
+    if found.path is not None:
+        click.echo(f"report: {found.path.absolute()}", err=True)
+
+
+def _show_noise(found: Noise) -> None:
+    for name, rise in found.rises.items():
+        sign = "TOO TIGHT" if name in found.too_tight else "ok"
+        click.echo(f"{name:<10} noise {rise:6.1%}  limit {found.limits[name]:6.1%}  {sign}")
+    click.echo(f"{found.pairs} pairs, {found.disturbed} more beside others' work did not count", err=True)

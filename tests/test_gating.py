@@ -1,0 +1,150 @@
+"""The gate on real engines: one with more layers is caught, one against itself is not, and files are what they say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from flabc import api, gating
+from flabc.cli import cli
+from flabc.errors import ArtifactError, EngineError, UsageError
+from flabc.perf.gates import Gates
+from flabc.runtime.measure.foreign import ForeignLoad
+from flabc.runtime.measure.roofline import measure_roofline
+from flabc.runtime.measure.stored import Baseline
+
+from .conftest import write_tiny
+
+#: Runs are short, tests share their machine with others, and a tiny engine's times are mostly overhead.
+CONFIG = {
+    "workload": {"prompt_tokens": 16, "output_tokens": 8, "rounds": 2},
+    "budget_s": 60,
+    "max_foreign_cores": 64,
+    "speed": {"total_ms": 0.25},
+    "size": {"parameters": 0.1},
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    file = tmp_path / "gates.yaml"
+    file.write_text(yaml.safe_dump(CONFIG))
+    return file
+
+
+@pytest.fixture(scope="module")
+def slow_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dense tiny engine, but with four times as many layers."""
+    folder = tmp_path_factory.mktemp("slow")
+    api.export(write_tiny(folder / "model", "qwen2-tied", num_hidden_layers=12), folder / "engine")
+    return folder / "engine"
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, ["gate", *map(str, arguments)])
+
+
+def test_more_layers_are_caught(slow_engine: Path, tiny_dense_engine: Path, config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "verdict"
+    given = ("--candidate", slow_engine, "--against", tiny_dense_engine, "--gates", config)
+    found = run("run", *given, "-o", out)
+    assert found.exit_code == 1, found.output
+    content = json.loads((out / "gate.json").read_text())
+    checks = {check["metric"]: check for check in content["checks"]}
+    assert {name: check["outcome"] for name, check in checks.items()} == {
+        "parity": "pass",
+        "parameters": "fail",
+        "total_ms": "fail",
+    }
+    assert checks["total_ms"]["ratio"] > 1.5
+    assert checks["total_ms"]["samples"] == len(content["timed"]["pairs"]) >= 8
+    assert (out / "junit.xml").read_text().count("<failure") == 2
+    assert "❌ fail" in found.stdout
+
+
+def test_fewer_layers_pass(slow_engine: Path, tiny_dense_engine: Path, config: Path) -> None:
+    found = run("run", "--candidate", tiny_dense_engine, "--against", slow_engine, "--gates", config, "--json")
+    assert found.exit_code == 0, found.output
+    assert json.loads(found.stdout)["verdict"] == "pass"
+
+
+def test_a_baseline_of_another_day(tiny_dense_engine: Path, config: Path, tmp_path: Path) -> None:
+    file = tmp_path / "baseline.json"
+    wide = Gates.model_validate(
+        {**CONFIG, "speed": {"tpot_ms": 20.0, "ttft_ms": 20.0}, "size": {"bytes_on_disk": 0.01}}
+    )
+    made = gating.baseline(tiny_dense_engine, file, config=wide)
+    assert Baseline.read(file) == made
+    assert all(sample.ttft_ms > 1 for sample in made.runs)  # nothing is faster than the roofline
+    same = gating.run(tiny_dense_engine, file, config=wide)
+    assert same.verdict == "pass"
+    faster = tuple(
+        run.model_copy(update={"token_ms": tuple(token / 1000 for token in run.token_ms)}) for run in made.runs
+    )
+    file.write_text(made.model_copy(update={"runs": faster}).model_dump_json())
+    outcomes = {check.metric: check.outcome for check in gating.run(tiny_dense_engine, file, config=wide).checks}
+    assert outcomes == {"parity": "pass", "bytes_on_disk": "pass", "tpot_ms": "fail", "ttft_ms": "pass"}
+    elsewhere = made.model_copy(update={"environment": {**made.environment, "cpu": "another"}})
+    file.write_text(elsewhere.model_dump_json())
+    with pytest.raises(EngineError, match="measured on another processor"):
+        gating.run(tiny_dense_engine, file, config=wide)
+
+
+def test_quality_is_compared_with_the_other_engine(tiny_engine: Path, tiny_dense_engine: Path, tmp_path: Path) -> None:
+    strict = Gates.model_validate(
+        {"quality": {"perplexity": {"max_worse": 1e-6, "limit": 4}, "kl": {"max_value": 1e-6, "limit": 4}}}
+    )
+    found = gating.run(tiny_engine, tiny_dense_engine, config=strict)
+    assert [check.kind for check in found.checks] == ["parity", "quality", "quality"]
+    assert found.checks[2].outcome == "fail"  # random weights, cut: they say something else
+    itself = gating.run(tiny_dense_engine, tiny_dense_engine, config=strict)
+    assert itself.verdict == "pass"
+    (tmp_path / "b.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="is no baseline"):
+        gating.run(tiny_engine, tmp_path / "b.json", config=strict)
+
+
+def test_a_baseline_has_no_answers(tiny_dense_engine: Path, tmp_path: Path) -> None:
+    few = Gates.model_validate({**CONFIG, "speed": {"tpot_ms": 20.0}})
+    gating.baseline(tiny_dense_engine, tmp_path / "b.json", config=few)
+    asked = few.model_copy(
+        update={"quality": Gates.model_validate({"quality": {"perplexity": {"max_worse": 1}}}).quality}
+    )
+    with pytest.raises(UsageError, match="holds no answers"):
+        gating.run(tiny_dense_engine, tmp_path / "b.json", config=asked)
+
+
+def test_noise_refuses_limits_below_it(tiny_dense_engine: Path, tmp_path: Path) -> None:
+    for limit, code, sign in ((1e-9, 3, "TOO TIGHT"), (50.0, 0, "ok")):
+        file = tmp_path / "gates.yaml"
+        file.write_text(yaml.safe_dump({**CONFIG, "budget_s": 5, "speed": {"total_ms": limit}}))
+        found = run("noise", tiny_dense_engine, "--gates", file)
+        assert found.exit_code == code, found.output
+        assert sign in found.stdout
+
+
+def test_foreign_load_is_what_others_do() -> None:
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        with ForeignLoad([]) as all_others, ForeignLoad([busy.pid]) as without_it:
+            time.sleep(2)
+            taken = sum(psutil.Process(busy.pid).cpu_times()[:2])
+        assert taken > 0.2
+        assert all_others.cores - without_it.cores == pytest.approx(taken / 2, abs=0.25)
+    finally:
+        busy.kill()
+        busy.wait()
+
+
+def test_a_roofline_is_of_this_world() -> None:
+    found = measure_roofline()
+    assert 0.5 < found.bandwidth_gib_s < 2000
+    assert 1 < found.gflops < 100_000
