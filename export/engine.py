@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,15 @@ DIALECTS: dict[str, Callable[[ModelSpec], Dialect]] = {
 PRECISIONS: dict[str, tuple[str, ...]] = {"onnx": tuple(QUANTIZATIONS), "onnx-standard": ("fp32",)}
 
 
-def write(checkpoint: Path, spec: ModelSpec, out: Path, target: str = "onnx", precision: str = "fp32") -> None:
+def write(
+    checkpoint: Path,
+    spec: ModelSpec,
+    out: Path,
+    target: str = "onnx",
+    precision: str = "fp32",
+    *,
+    cache_length: int | None = None,
+) -> None:
     """Write graphs, weights, tokenizer and configs into ``out``.
 
     Args:
@@ -56,6 +65,7 @@ def write(checkpoint: Path, spec: ModelSpec, out: Path, target: str = "onnx", pr
         out: a folder that exists.
         target: one of ``DIALECTS``.
         precision: one of ``PRECISIONS`` of the target.
+        cache_length: fixes how long the cache of ``onnx-standard`` is, for runtimes that must know it.
 
     Raises:
         ModelError: if the graph cannot be built for this model, or a tensor is missing.
@@ -63,6 +73,8 @@ def write(checkpoint: Path, spec: ModelSpec, out: Path, target: str = "onnx", pr
     weights = CheckpointWeights(checkpoint, spec)
     known = architecture(spec, read_json(checkpoint / "config.json"))
     dialect, quantization = DIALECTS[target], QUANTIZATIONS[precision]
+    if cache_length is not None:
+        dialect = partial(StandardDialect, places=cache_length)
     model = build(Graph(spec, known, weights, quantization), dialect(spec))
     total = len(model.graph.initializers)
     with progress("writing weights", total) as advance:
@@ -74,7 +86,7 @@ def write(checkpoint: Path, spec: ModelSpec, out: Path, target: str = "onnx", pr
     for name in COPIED:
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, out / name)
-    if dialect is not OnnxRuntimeDialect:
+    if target != "onnx":
         return
     generation = read_json(checkpoint / "generation_config.json") or read_json(checkpoint / "config.json")
     write_json(out / "genai_config.json", genai_config(spec, generation))
