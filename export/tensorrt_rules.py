@@ -338,7 +338,7 @@ def _read(file: Path) -> Checked:
 def _propagate(model: ir.Model) -> None:
     """Give weights their type, and results without one that of the first operand, or what the operator says."""
     for weight in model.graph.initializers.values():
-        if weight.dtype is None and weight.const_value is not None:
+        if weight.const_value is not None:
             weight.dtype = weight.const_value.dtype
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         operand = _given(node, 1 if node.op_type == "Where" else 0)
