@@ -148,7 +148,7 @@ def _engines(spec: ModelSpec, options: BuildOptions, length: int) -> tuple[Engin
     batch, new = options.max_batch, options.max_input
     prefill = _profile("prefill", spec, length, batches=(1, 1, batch), new=(1, new, new))
     decode = _profile("decode", spec, length, batches=(1, batch, batch), new=(1, 1, 1))
-    score = _profile("score", spec, length, batches=(1, 1, 1), new=(1, new, length))
+    score = _profile("score", spec, length, batches=(1, 1, 1), new=(1, new, length), counted=False)
     return (
         EnginePlan(graph=GRAPH, engine=ENGINE, profiles=(prefill, decode)),
         EnginePlan(graph=SCORING_GRAPH, engine=SCORING_ENGINE, profiles=(score,)),
@@ -156,14 +156,18 @@ def _engines(spec: ModelSpec, options: BuildOptions, length: int) -> tuple[Engin
 
 
 def _profile(
-    name: str, spec: ModelSpec, length: int, batches: tuple[int, int, int], new: tuple[int, int, int]
+    name: str,
+    spec: ModelSpec,
+    length: int,
+    batches: tuple[int, int, int],
+    new: tuple[int, int, int],
+    *,
+    counted: bool = True,
 ) -> Profile:
-    """The shapes of all inputs, from the least, best and largest B and S."""
-    shapes = {
-        "input_ids": _shapes(zip(batches, new, strict=True)),
-        WRITE_INDICES: _shapes((b,) for b in batches),
-        TOKEN_COUNTS: _shapes((b,) for b in batches),
-    }
+    """The shapes of all inputs, from the least, best and largest B and S; ``counted`` if a last token is picked."""
+    shapes = {"input_ids": _shapes(zip(batches, new, strict=True))}
+    for numbers in (WRITE_INDICES, TOKEN_COUNTS) if counted else (WRITE_INDICES,):
+        shapes[numbers] = _shapes((b,) for b in batches)
     for cache in cache_names(spec):
         heads = spec.layers[int(cache.split(".")[0])].num_key_value_heads
         shapes[f"past_key_values.{cache}"] = _shapes((b, heads, length, spec.head_dim) for b in batches)

@@ -346,7 +346,8 @@ def _propagate(model: ir.Model) -> None:
         if node.op_type == "Cast":
             kind = ir.DataType(node.attributes["to"].as_int())
         for value in node.outputs:
-            value.dtype = value.dtype or kind
+            if value.dtype is None and kind is not None:
+                value.dtype = kind
 
 
 def violations(file: Path) -> list[Violation]:

@@ -41,8 +41,9 @@ class StandardDialect:
 
     @property
     def inputs(self) -> list[ir.Value]:
-        """Where the new tokens go, how many they are, and the cache of every layer that attends."""
-        return [self._begin, self._counts, *self._past.values()]
+        """Where the new tokens go, how many they are if that matters, and the cache of every layer that attends."""
+        counts = [self._counts] if self._counts.uses() else []  # a scoring graph picks no last token
+        return [self._begin, *counts, *self._past.values()]
 
     @property
     def outputs(self) -> list[ir.Value]:

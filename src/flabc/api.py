@@ -40,6 +40,7 @@ from flabc.targets import model_folder, target_named
 
 if TYPE_CHECKING:
     from flabc.compress.model import CausalLM
+    from flabc.export.tensorrt_plan import BuildOptions
     from flabc.perf.evaluation import EvalResult, EvalSide
 
 __all__ = [
@@ -115,6 +116,12 @@ class Exported(Result):
     target: str
     precision: str
     parity: dict[str, Any]
+
+    @property
+    def missing(self) -> str | None:
+        """Why the engine has not been built and how it can be, though all else was written; None if it is whole."""
+        reason: str | None = self.parity.get("tensorrt", {}).get("missing")
+        return reason
 
 
 class Diff(Result):
@@ -311,24 +318,30 @@ def export(
     precision: str | None = None,
     tie: bool = False,
     force: bool = False,
+    build: BuildOptions | None = None,
 ) -> Exported:
     """Turn a checkpoint, or any dense model of a known family, into what serves, and prove it against torch.
 
     Args:
         model: a checkpoint folder, or whatever ``compress`` takes as a model.
         output: the folder to write.
-        target: ``onnx``, for ONNX Runtime; ``onnx-standard``, in operators of the ONNX standard alone; or ``gguf``, for
-            llama.cpp, if all layers are equal and whole.
+        target: ``onnx``, for ONNX Runtime; ``onnx-standard``, in operators of the ONNX standard alone; ``tensorrt``,
+            the same with an engine built of it where there is a GPU; or ``gguf``, for llama.cpp, if all layers are
+            equal and whole.
         precision: ``fp32`` for ONNX; ``fp16`` (the default), ``fp32``, ``bf16`` or ``int8`` for ``gguf``.
         tie: as for ``compress``.
         force: replace a folder that is not empty.
+        build: for ``tensorrt`` alone, how it is built.
+
+    Returns:
+        what was written; its ``missing`` says if a TensorRT engine could not be built on this machine.
 
     Raises:
         ParityError: if the result's answers differ from torch's; no folder is written then.
         FlabcError: see ``flabc.errors``.
     """
     artifact.check_free(output, force=force)
-    chosen = target_named(target)
+    chosen = target_named(target, build)
     precision = chosen.precision(precision)
     with (
         model_folder(str(model), tie=tie) as (folder, spec, made),

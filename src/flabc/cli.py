@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from flabc import __version__
-from flabc.errors import FlabcError, UnknownNameError, UsageError
+from flabc.build_options import build_flags, build_options
+from flabc.errors import NOT_BUILT, FlabcError, UnknownNameError, UsageError
 
 if TYPE_CHECKING:
     from flabc.api import Compressed, Diff, Inspection
@@ -168,6 +169,8 @@ def compress(
 
 def _agreement(parity: Mapping[str, Any]) -> str:
     """How near an engine is to torch, in words."""
+    if "why" in parity:
+        return f"not compared with torch: {parity['why']}"
     if "tolerance" not in parity:  # weights are rounded
         return f"KL to torch {parity['kl']:.2g} nats, the same most likely token at {parity['top1_agreement']:.1%}"
     rounding = parity.get("rounding", {}).get("max_relative")
@@ -178,12 +181,13 @@ def _agreement(parity: Mapping[str, Any]) -> str:
 @cli.command()
 @click.argument("checkpoint", required=False)
 @click.option("-o", "--output", type=click.Path(), help="The engine folder to write.")
-@click.option("--target", help="What to make: onnx, onnx-standard, or gguf for llama.cpp.  [default: onnx]")
+@click.option("--target", help="What to make: onnx, onnx-standard, tensorrt, or gguf.  [default: onnx]")
 @click.option(
     "--precision",
     help="The precision of the weights: fp32, int8 or int4; for onnx-standard fp32; for gguf fp16, fp32, bf16 or int8. "
     " [default: the first]",
 )
+@build_flags
 @TIE
 @FORCE
 @json_option
@@ -195,15 +199,18 @@ def export(
     tie: bool,
     force: bool,
     as_json: bool,
+    **build: Any,
 ) -> None:
     """Turn CHECKPOINT, or any dense model, into an engine folder or a GGUF, proven against torch.
 
-    Beside a flabc.yaml and without arguments, both the pruned and the dense engine are made.
+    Beside a flabc.yaml and without arguments, both the pruned and the dense engine are made. Where an engine for
+    TensorRT cannot be built, graph and build plan are written and the exit code is 3.
 
     \b
     flabc export pruned -o engine
     flabc export smollm2-135m -o dense-engine
     flabc export pruned --target gguf --precision bf16 -o for-llama-cpp
+    flabc export pruned --target tensorrt --max-batch 4 -o for-tensorrt
     """
     from flabc import api
     from flabc.project import Project, find, need, settle
@@ -217,8 +224,10 @@ def export(
     if precision is None and target in (None, project.target):  # the project's is meant for its target
         precision = project.precision
     target = target or project.target
+    chosen = build_options(build)
     done = [
-        api.export(str(source), out, target=target, precision=precision, tie=tie, force=force) for source, out in jobs
+        api.export(str(source), out, target=target, precision=precision, tie=tie, force=force, build=chosen)
+        for source, out in jobs
     ]
     data = done[0] if checkpoint else {"engines": [result.model_dump(mode="json") for result in done]}
 
@@ -228,6 +237,11 @@ def export(
             click.echo(f"{result.path}: {size}; {_agreement(result.parity)}")
 
     emit(as_json, data, show)
+    if reasons := [
+        f"{result.path}: no TensorRT engine was built: {result.missing}" for result in done if result.missing
+    ]:
+        click.echo("\n".join(reasons), err=True)
+        click.get_current_context().exit(NOT_BUILT)
 
 
 @cli.command()

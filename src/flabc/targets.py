@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from flabc.artifact import Artifact, Kind, Manifest
 from flabc.console import progress
-from flabc.errors import ModelError, ParityError, UnknownNameError, require
+from flabc.errors import ModelError, ParityError, UnknownNameError, UsageError, require
 from flabc.spec import ModelSpec
 
 if TYPE_CHECKING:
     from flabc.export.parity import Parity
+    from flabc.export.tensorrt_plan import BuildOptions
     from flabc.runtime.text import TextCodec
 
 #: Writes into a folder and proves it: from the checkpoint, its spec, the folder, the precision and the model's name to
@@ -113,26 +114,63 @@ def _make_gguf(folder: Path, spec: ModelSpec, out: Path, precision: str, name: s
     return _prove_gguf(file, folder, spec, precision, length) | {"stored": stored}
 
 
+def _tensorrt(options: BuildOptions | None = None) -> Target:
+    def precision(name: str | None) -> str:
+        require("onnx_ir", "export")
+        from flabc import tensorrt_target
+
+        return _choice(name, tensorrt_target.precisions())
+
+    def make(folder: Path, spec: ModelSpec, out: Path, precision: str, name: str) -> dict[str, Any]:
+        from flabc import tensorrt_target
+
+        return tensorrt_target.make(folder, spec, out, precision, options, _prove)
+
+    return Target("engine", precision, make)
+
+
 TARGETS = {
     "onnx": _onnx("onnx"),
     "onnx-standard": _onnx("onnx-standard"),
+    "tensorrt": _tensorrt(),
     "gguf": Target("gguf", _gguf_precision, _make_gguf),
 }
 
 
-def target_named(name: str) -> Target:
+def target_named(name: str, options: BuildOptions | None = None) -> Target:
     """The target of that name.
+
+    Args:
+        name: a key of ``TARGETS``.
+        options: for ``tensorrt`` alone, how it is built.
 
     Raises:
         UnknownNameError: if there is none.
+        UsageError: if there are options that it does not have.
     """
     if name not in TARGETS:
         raise UnknownNameError("target", name, TARGETS)
-    return TARGETS[name]
+    if options is None:
+        return TARGETS[name]
+    if name != "tensorrt":
+        flags = ", ".join(f"--{field.replace('_', '-')}" for field in sorted(options.model_fields_set))
+        raise UsageError(f"{flags} is for TensorRT.", expected="--target tensorrt", found=f"--target {name}")
+    return _tensorrt(options)
 
 
-def _prove(engine: Path, folder: Path, spec: ModelSpec, target: str, precision: str) -> dict[str, Any]:
-    """Compare an engine that is still a draft with torch on the checkpoint it was made from."""
+def _prove(
+    engine: Path, folder: Path, spec: ModelSpec, target: str, precision: str, *, max_batch: int | None = None
+) -> dict[str, Any]:
+    """Compare an engine that is still a draft with torch on the checkpoint it was made from.
+
+    Args:
+        engine: the draft.
+        folder: the checkpoint.
+        spec: its shapes.
+        target: what the draft is to be run as, a key of ``RUNS``.
+        precision: of the draft.
+        max_batch: sequences that it holds, if they are few.
+    """
     require("torch", "compress")
     from flabc.export import parity
     from flabc.runtime.backend import RUNS, Limits, open_backend
@@ -145,7 +183,7 @@ def _prove(engine: Path, folder: Path, spec: ModelSpec, target: str, precision: 
             expected=f"at least {length}",
             found=str(spec.max_position_embeddings),
         )
-    limits = Limits(max_batch=len(parity.LENGTHS), max_length=length)
+    limits = Limits(max_batch=min(len(parity.LENGTHS), max_batch or len(parity.LENGTHS)), max_length=length)
     candidate = open_backend(RUNS[target], engine, spec, limits)
     reference = open_backend("torch", folder, spec, limits)
     text = Path(parity.__file__).read_text(encoding="utf-8")  # code, and always at hand
