@@ -7,8 +7,9 @@ NVIDIA, TensorRT documentation: "Working with Dynamic Shapes", "Optimizing Build
 from __future__ import annotations
 
 import importlib.util
+import sys
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -52,23 +53,12 @@ def build(folder: Path, plan: BuildPlan) -> None:
         MissingExtraError: if TensorRT or polygraphy is not installed.
         EngineError: if TensorRT refuses the graph, or the build fails.
     """
-    tensorrt = require("tensorrt", "tensorrt")
-    backend = require("polygraphy.backend.trt", "tensorrt")
     exception = require("polygraphy.exception", "tensorrt").PolygraphyException
     for engine in plan.engines:
         phases = Phases(engine.engine)
         try:
-            network = backend.network_from_onnx_path(str(folder / engine.graph), strongly_typed=plan.strongly_typed)
-            # Without this a build fails where no fused kernel fits the mask, the type and the size of heads.
-            network = backend.set_decomposable_attentions(network)
-            config = backend.CreateConfig(
-                profiles=profiles(engine),
-                progress_monitor=_monitor(tensorrt, phases),
-                **config_arguments(plan, tensorrt),
-            )
-            plan_bytes = backend.engine_bytes_from_network(
-                network, config=config, save_timing_cache=plan.options.timing_cache
-            )
+            with redirect_stdout(sys.stderr):  # where polygraphy's notes would get between the data
+                built = _build(folder, plan, engine, phases)
         except exception as error:
             raise EngineError(
                 f"TensorRT cannot build {engine.engine}: {error}",
@@ -76,7 +66,22 @@ def build(folder: Path, plan: BuildPlan) -> None:
             ) from error
         finally:
             phases.close()
-        (folder / engine.engine).write_bytes(memoryview(plan_bytes))
+        (folder / engine.engine).write_bytes(built)
+
+
+def _build(folder: Path, plan: BuildPlan, engine: EnginePlan, phases: Phases) -> memoryview:
+    """One engine, serialised."""
+    tensorrt = require("tensorrt", "tensorrt")
+    backend = require("polygraphy.backend.trt", "tensorrt")
+    network = backend.network_from_onnx_path(str(folder / engine.graph), strongly_typed=plan.strongly_typed)
+    # Without this a build fails where no fused kernel fits the mask, the type and the size of heads.
+    network = backend.set_decomposable_attentions(network)
+    config = backend.CreateConfig(
+        profiles=profiles(engine), progress_monitor=_monitor(tensorrt, phases), **config_arguments(plan, tensorrt)
+    )
+    return memoryview(
+        backend.engine_bytes_from_network(network, config=config, save_timing_cache=plan.options.timing_cache)
+    )
 
 
 def config_arguments(plan: BuildPlan, tensorrt: Any) -> dict[str, Any]:

@@ -14,7 +14,13 @@ from typing import Any
 
 import onnxruntime
 import pytest
-from polygraphy.backend.trt import CreateConfig, Profile, engine_bytes_from_network, network_from_onnx_path
+from polygraphy.backend.trt import (
+    CreateConfig,
+    Profile,
+    engine_bytes_from_network,
+    network_from_onnx_path,
+    set_decomposable_attentions,
+)
 
 from flabc import api, tensorrt_target
 from flabc.artifact import Artifact
@@ -121,6 +127,7 @@ def test_polygraphy_takes_what_it_is_given() -> None:
     assert {"profiles", "progress_monitor", *arguments} <= known
     assert "strongly_typed" in inspect.signature(network_from_onnx_path).parameters
     assert "save_timing_cache" in inspect.signature(engine_bytes_from_network).parameters
+    assert list(inspect.signature(set_decomposable_attentions).parameters) == ["network"]
     made = tensorrt_engine.profiles(plan.engines[0])
     assert all(isinstance(profile, Profile) for profile in made)
     assert tuple(made[0]["input_ids"]) == ((1, 1), (1, 512), (8, 512))
