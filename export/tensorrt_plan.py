@@ -134,9 +134,10 @@ def plan(spec: ModelSpec, precision: str, options: BuildOptions, *, least_length
             f"--max-length {length} does not fit.",
             expected=f"a multiple of {PLACES_STEP} from {_rounded(least_length)} to {spec.max_position_embeddings}",
         )
-    if options.max_input > length:
-        raise UsageError(f"--max-input {options.max_input} is longer than a sequence.", expected=f"at most {length}")
-    settled = options.model_copy(update={"max_length": length})
+    new = options.max_input if "max_input" in options.model_fields_set else min(options.max_input, length)
+    if new > length:
+        raise UsageError(f"--max-input {new} is longer than a sequence.", expected=f"at most {length}")
+    settled = options.model_copy(update={"max_length": length, "max_input": new})
     return BuildPlan(precision=precision, options=settled, engines=_engines(spec, settled, length))
 
 

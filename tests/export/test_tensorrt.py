@@ -69,6 +69,7 @@ def test_profiles_hold_prompts_and_single_tokens_for_every_layers_own_heads() ->
 def test_without_a_length_the_models_positions_bound_it() -> None:
     assert tensorrt_plan.plan(spec(4096), "fp16", BuildOptions()).max_length == 2048
     assert tensorrt_plan.plan(spec(1000), "fp16", BuildOptions()).max_length == 960
+    assert tensorrt_plan.plan(spec(300), "fp16", BuildOptions()).options.max_input == 256
     with pytest.raises(ModelError, match=r"at least 192\. Found: 100"):
         tensorrt_plan.plan(spec(100), "fp16", BuildOptions(), least_length=190)
 
@@ -78,7 +79,7 @@ def test_without_a_length_the_models_positions_bound_it() -> None:
     [
         ({"max_length": 200}, r"--max-length 200.*a multiple of 64 from 64 to 4096"),
         ({"max_length": 8192}, "--max-length 8192"),
-        ({"max_length": 64}, "--max-input 512 is longer than a sequence"),
+        ({"max_length": 64, "max_input": 512}, "--max-input 512 is longer than a sequence"),
     ],
 )
 def test_lengths_that_do_not_fit_are_refused(options: dict[str, int], problem: str) -> None:
