@@ -20,8 +20,9 @@ from .dialects.dialect import Dialect
 from .dialects.onnxruntime_contrib import OnnxRuntimeDialect
 from .dialects.standard import StandardDialect
 from .genai_config import genai_config
-from .graph import Graph, build
-from .quantize import PRECISIONS as QUANTIZATIONS
+from .graph import DTYPES, Graph, build
+from .precision import PRECISIONS as KNOWN
+from .precision import Precision
 from .weights import CheckpointWeights
 
 #: What an engine folder takes over from the checkpoint as it is.
@@ -39,13 +40,13 @@ COPIED = (
 DATA = f"{GRAPH}.data"
 
 #: How the graph of each ONNX target is spelt.
-DIALECTS: dict[str, Callable[[ModelSpec], Dialect]] = {
+DIALECTS: dict[str, Callable[[ModelSpec, ir.DataType], Dialect]] = {
     "onnx": OnnxRuntimeDialect,
     "onnx-standard": StandardDialect,
 }
 
 #: The precisions that each can store weights in, the first by default.
-PRECISIONS: dict[str, tuple[str, ...]] = {"onnx": tuple(QUANTIZATIONS), "onnx-standard": ("fp32",)}
+PRECISIONS: dict[str, tuple[str, ...]] = {"onnx": tuple(KNOWN), "onnx-standard": ("fp32", "fp16", "bf16")}
 
 
 def write(
@@ -53,7 +54,7 @@ def write(
     spec: ModelSpec,
     out: Path,
     target: str = "onnx",
-    precision: str = "fp32",
+    precision: Precision = KNOWN["fp32"],
     *,
     cache_length: int | None = None,
 ) -> None:
@@ -64,7 +65,7 @@ def write(
         spec: its shapes.
         out: a folder that exists.
         target: one of ``DIALECTS``.
-        precision: one of ``PRECISIONS`` of the target.
+        precision: what it computes in, and how matrices are stored.
         cache_length: fixes how long the cache of ``onnx-standard`` is, for runtimes that must know it.
 
     Raises:
@@ -72,17 +73,17 @@ def write(
     """
     weights = CheckpointWeights(checkpoint, spec)
     known = architecture(spec, read_json(checkpoint / "config.json"))
-    dialect, quantization = DIALECTS[target], QUANTIZATIONS[precision]
+    dialect, dtype = DIALECTS[target], DTYPES[precision.compute]
     if cache_length is not None:
         dialect = partial(StandardDialect, places=cache_length)
-    model = build(Graph(spec, known, weights, quantization), dialect(spec))
+    model = build(Graph(spec, known, weights, precision), dialect(spec, dtype))
     total = len(model.graph.initializers)
     with progress("writing weights", total) as advance:
         ir.save(model, out / GRAPH, external_data=DATA, callback=lambda *_: advance(1))
     stored = {name: value.const_value for name, value in ir.load(out / GRAPH).graph.initializers.items()}
     external = {name: tensor for name, tensor in stored.items() if isinstance(tensor, ir.ExternalTensor)}
-    scoring = Graph(spec, known, weights, quantization, external)
-    ir.save(build(scoring, dialect(spec), scoring=True), out / SCORING_GRAPH)
+    scoring = Graph(spec, known, weights, precision, external)
+    ir.save(build(scoring, dialect(spec, dtype), scoring=True), out / SCORING_GRAPH)
     for name in COPIED:
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, out / name)

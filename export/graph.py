@@ -18,12 +18,16 @@ from onnx_ir.tape import Tape
 
 from flabc.spec import LayerSpec, ModelSpec
 
+from . import quantize
 from .architecture import Architecture
 from .dialects.dialect import Dialect
-from .quantize import Quantization
+from .precision import PRECISIONS, Precision
 from .weights import Array, CheckpointWeights
 
 IR_VERSION = 10
+
+#: What a precision computes in.
+DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 #: The projections whose output a sub-block adds to the residual stream.
 OUTPUTS = ("o", "down")
@@ -37,7 +41,7 @@ class Graph:
         spec: the model's shapes.
         architecture: what it computes beyond them.
         weights: where tensors come from, when they are written.
-        quantization: how matrices are stored; None for float32.
+        precision: what it computes in, and how its matrices are stored.
         stored: initializers that already lie in a data file; those are referred to instead of written again.
         tape: records the nodes.
     """
@@ -45,9 +49,14 @@ class Graph:
     spec: ModelSpec
     architecture: Architecture
     weights: CheckpointWeights
-    quantization: Quantization | None = None
+    precision: Precision = PRECISIONS["fp32"]
     stored: Mapping[str, ir.TensorProtocol] = field(default_factory=dict)
     tape: Tape = field(default_factory=Tape)
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """What activations, the cache and weights that are not in blocks are."""
+        return DTYPES[self.precision.compute]
 
     def constant(self, name: str, value: Array) -> ir.Value:
         """A small tensor that is part of the graph; one of each name."""
@@ -58,7 +67,7 @@ class Graph:
         name: str,
         shape: tuple[int, ...],
         make: Callable[[], Array],
-        dtype: ir.DataType = ir.DataType.FLOAT,
+        dtype: ir.DataType | None = None,
     ) -> ir.Value:
         """A tensor of the model, made when the file is written.
 
@@ -66,17 +75,18 @@ class Graph:
             name: its name in the graph.
             shape: its shape.
             make: reads it.
-            dtype: what it holds.
+            dtype: what it holds; by default what is computed in.
         """
+        held = dtype or self.dtype
 
         def tensor() -> ir.TensorProtocol:
-            return ir.tensor(np.ascontiguousarray(make()), name=name)
+            return ir.tensor(np.ascontiguousarray(make().astype(held.numpy(), copy=False)), name=name)
 
-        return self._initializer(name, ir.LazyTensor(tensor, dtype, ir.Shape(shape), name=name))
+        return self._initializer(name, ir.LazyTensor(tensor, held, ir.Shape(shape), name=name))
 
     def scalar(self, name: str, value: float) -> ir.Value:
         """A number that is part of the graph; one of each name."""
-        return self.constant(name, np.array(value, np.float32))
+        return self.constant(name, np.array(value, self.dtype.numpy()))
 
     def norm_weight(self, role: str, layer: int | None) -> ir.Value:
         """What a norm multiplies by, (D,) or (H,): the family's offset is in it."""
@@ -116,8 +126,8 @@ class Graph:
         return self.op("Add", y, self.weight(f"{name}.bias", (size[1],), bias))
 
     def _product(self, x: ir.Value, name: str, size: tuple[int, int], make: Callable[[], Array]) -> ir.Value:
-        if self.quantization is not None:
-            return self.quantization.product(self, x, name, size, make, outer=False)
+        if self.precision.layers is not None:
+            return quantize.product(self, x, name, size, make, self.precision.layers)
         return self.op("MatMul", x, self.weight(f"{name}.weight", size, make))
 
     def _axes(self, role: str, layer: LayerSpec) -> tuple[int, int]:
@@ -201,28 +211,30 @@ def _outer(graph: Graph, role: str) -> ir.Value:
 
 def _embedded(graph: Graph, ids: ir.Value) -> ir.Value:
     """(B, S) to (B, S, D)."""
-    if graph.quantization is None:
+    blocks = graph.precision.embedding
+    if blocks is None:
         return graph.op("Gather", _outer(graph, "embedding"), ids)
     size = (graph.spec.hidden_size, graph.spec.vocab_size)
-    return graph.quantization.gather(graph, ids, OUTER["embedding"], size, lambda: graph.weights.get("embedding").T)
+    return quantize.gather(graph, ids, OUTER["embedding"], size, lambda: graph.weights.get("embedding").T, blocks)
 
 
 def _logits(graph: Graph, x: ir.Value) -> ir.Value:
-    """(B, S, D) to (B, S, V). A tied matrix is the embedding itself, stored once; Gemm reads it transposed."""
-    spec = graph.spec
+    """(B, S, D) to (B, S, V), float32. A tied matrix is the embedding itself; Gemm reads it transposed."""
+    spec, blocks = graph.spec, graph.precision.head
     role = "embedding" if spec.tie_word_embeddings else "head"
     flat = graph.op("Reshape", x, graph.constant("rows_of_hidden", np.array([-1, spec.hidden_size])))
-    if graph.quantization is None:
+    if blocks is None:
         product = graph.op("Gemm", flat, _outer(graph, role), transB=1)  # (B * S, V)
     else:
-        size = (spec.hidden_size, spec.vocab_size)
-        product = graph.quantization.product(
-            graph, flat, OUTER[role], size, lambda: graph.weights.get(role).T, outer=True
-        )
+        once = blocks == graph.precision.embedding
+        name, size = OUTER[role if once else "head"], (spec.hidden_size, spec.vocab_size)
+        product = quantize.product(graph, flat, name, size, lambda: graph.weights.get(role).T, blocks)
     product = _scaled(graph, product, "logits")
     if cap := graph.architecture.logits_softcap:
         bound = graph.scalar("logits_softcap", cap)
         product = graph.op("Mul", graph.op("Tanh", graph.op("Div", product, bound)), bound)
+    if graph.dtype != ir.DataType.FLOAT:
+        product = graph.op("Cast", product, to=ir.DataType.FLOAT)
     outer = graph.op("Shape", x, start=0, end=2)
     shape = graph.op("Concat", outer, graph.constant("vocab_size", np.array([spec.vocab_size])), axis=0)
     return graph.op("Reshape", product, shape)

@@ -96,7 +96,9 @@ class Parity:
 #: what the model says, and how often its most likely token must be the model's.
 BOUNDS: dict[str, dict[str, Any]] = {
     "fp32": {},
-    "int8": {"tolerance": None, "kl_bound": 0.02, "top1_bound": 0.9},
+    "fp16": {"tolerance": None, "kl_bound": 0.001, "top1_bound": 0.98},
+    "bf16": {"tolerance": None, "kl_bound": 0.01, "top1_bound": 0.95},
+    "int8": {"tolerance": None, "kl_bound": 0.02, "top1_bound": 0.85},
     "int4": {"tolerance": None, "kl_bound": 0.3, "top1_bound": 0.4},
 }
 

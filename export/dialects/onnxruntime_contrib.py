@@ -28,10 +28,10 @@ class OnnxRuntimeDialect:
 
     opsets: Mapping[str, int] = MappingProxyType({"": 23, MICROSOFT: 1})
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, dtype: ir.DataType = ir.DataType.FLOAT) -> None:
         self._mask = value("attention_mask", ir.DataType.INT64, ("batch", "total"))
-        self._past = {name: cache_value("past_key_values", name, "past", spec) for name in cache_names(spec)}
-        self._present = {name: cache_value("present", name, "total", spec) for name in cache_names(spec)}
+        self._past = {name: cache_value("past_key_values", name, "past", spec, dtype) for name in cache_names(spec)}
+        self._present = {name: cache_value("present", name, "total", spec, dtype) for name in cache_names(spec)}
 
     @property
     def inputs(self) -> list[ir.Value]:

@@ -31,7 +31,11 @@ def rotary_tables(graph: Graph, kind: str) -> tuple[ir.Value, ir.Value]:
     cos, sin = tables[kind]
     same = next(name for name, (c, s) in tables.items() if np.array_equal(c, cos) and np.array_equal(s, sin))
     suffix = "" if same == next(iter(rotary)) else f"_{same}"
-    return graph.constant(f"cos_cache{suffix}", cos), graph.constant(f"sin_cache{suffix}", sin)
+    held = graph.dtype.numpy()
+    return (
+        graph.constant(f"cos_cache{suffix}", cos.astype(held)),
+        graph.constant(f"sin_cache{suffix}", sin.astype(held)),
+    )
 
 
 def cache_names(spec: ModelSpec) -> list[str]:
@@ -39,10 +43,10 @@ def cache_names(spec: ModelSpec) -> list[str]:
     return [f"{i}.{kind}" for i, layer in enumerate(spec.layers) if layer.has_attention for kind in ("key", "value")]
 
 
-def cache_value(prefix: str, name: str, length: str | int, spec: ModelSpec) -> ir.Value:
+def cache_value(prefix: str, name: str, length: str | int, spec: ModelSpec, dtype: ir.DataType) -> ir.Value:
     """A layer's keys or values as an input or output of the graph, (B, KV heads, length, H)."""
     heads = spec.layers[int(name.split(".")[0])].num_key_value_heads
-    return value(f"{prefix}.{name}", ir.DataType.FLOAT, ("batch", heads, length, spec.head_dim))
+    return value(f"{prefix}.{name}", dtype, ("batch", heads, length, spec.head_dim))
 
 
 def value(name: str, dtype: ir.DataType, shape: tuple[str | int, ...]) -> ir.Value:

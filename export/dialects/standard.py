@@ -32,12 +32,13 @@ class StandardDialect:
 
     opsets: Mapping[str, int] = MappingProxyType({"": 24})
 
-    def __init__(self, spec: ModelSpec, places: int | None = None) -> None:
+    def __init__(self, spec: ModelSpec, dtype: ir.DataType = ir.DataType.FLOAT, places: int | None = None) -> None:
         """Inputs and outputs; ``places`` fixes the length of the cache, else whoever runs the graph chooses it."""
+        length = places or PLACES
         self._begin = value(WRITE_INDICES, ir.DataType.INT64, ("batch",))
         self._counts = value(TOKEN_COUNTS, ir.DataType.INT64, ("batch",))
-        self._past = {name: cache_value("past_key_values", name, places or PLACES, spec) for name in cache_names(spec)}
-        self._present = {name: cache_value("present", name, places or PLACES, spec) for name in cache_names(spec)}
+        self._past = {name: cache_value("past_key_values", name, length, spec, dtype) for name in cache_names(spec)}
+        self._present = {name: cache_value("present", name, length, spec, dtype) for name in cache_names(spec)}
 
     @property
     def inputs(self) -> list[ir.Value]:

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from flabc.artifact import GRAPH, SCORING_GRAPH
 from flabc.errors import EngineError, UnknownNameError, require
 from flabc.runtime.backend import Ids, Limits, Logits
 from flabc.spec import ModelSpec
+
+Array = npt.NDArray[Any]
 
 #: What ``--provider`` can say, and what ONNX Runtime calls it.
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -42,7 +45,8 @@ class OrtBackend:
         self._session = open_graph(folder / GRAPH, limits)
         # One buffer per layer and kind for the longest sequence: bound as past and as present, so that
         # GroupQueryAttention appends in place instead of copying the whole cache at every token.
-        self._cache = new_cache(spec, limits.max_batch, limits.max_length)
+        self._dtype = cache_dtype(self._session)
+        self._cache = new_cache(spec, limits.max_batch, limits.max_length, self._dtype)
         self._lengths = np.zeros(0, np.int64)
 
     @cached_property
@@ -87,7 +91,7 @@ class OrtBackend:
         """Logits at every position of fresh sequences, (B, S, V)."""
         feeds: dict[str, Any] = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
         for layer, shape in enumerate(self.spec.layers):
-            empty = np.zeros((len(ids), shape.num_key_value_heads, 0, self.spec.head_dim), np.float32)
+            empty = np.zeros((len(ids), shape.num_key_value_heads, 0, self.spec.head_dim), self._dtype)
             kinds = ("key", "value") if shape.has_attention else ()
             feeds |= {f"past_key_values.{layer}.{kind}": empty for kind in kinds}
         (logits,) = self._scorer.run(["logits"], feeds)
@@ -121,10 +125,16 @@ class OrtBackend:
         return len(self._cache)
 
 
-def new_cache(spec: ModelSpec, batch: int, length: int) -> dict[str, Logits]:
+def cache_dtype(session: Any) -> npt.DTypeLike:
+    """What keys and values are in a graph: what it computes in."""
+    kinds = {given.type for given in session.get_inputs() if given.name.startswith("past_key_values")}
+    return np.float16 if kinds == {"tensor(float16)"} else np.float32
+
+
+def new_cache(spec: ModelSpec, batch: int, length: int, dtype: npt.DTypeLike) -> dict[str, Array]:
     """Keys and values of every layer that attends, (batch, KV heads, length, head_dim) each."""
     return {
-        f"{layer}.{kind}": np.zeros((batch, shape.num_key_value_heads, length, spec.head_dim), np.float32)
+        f"{layer}.{kind}": np.zeros((batch, shape.num_key_value_heads, length, spec.head_dim), dtype)
         for layer, shape in enumerate(spec.layers)
         if shape.has_attention
         for kind in ("key", "value")
@@ -148,7 +158,9 @@ def open_graph(file: Path, limits: Limits) -> Any:
     try:
         session = runtime.InferenceSession(str(file), options, providers=providers)
     except Exception as error:  # onnxruntime's exceptions share no public root
-        raise EngineError(f"ONNX Runtime cannot open {file}: {error}") from error
+        lacks = "NOT_IMPLEMENTED" in str(error)
+        fix = f"{providers[0]} lacks an operation in this precision: export the engine in fp32." if lacks else None
+        raise EngineError(f"ONNX Runtime cannot open {file}: {error}", fix=fix) from error
     # A provider whose libraries do not load is dropped with no more than a warning.
     if providers[0] not in session.get_providers():
         raise _no_provider(providers[0], session.get_providers())

@@ -20,7 +20,7 @@ from flabc.runtime.backend import Ids, Limits, Logits
 from flabc.spec import ModelSpec
 
 from .fixed_cache import FixedCache
-from .ort import check_dtype, new_cache, open_graph
+from .ort import cache_dtype, check_dtype, new_cache, open_graph
 
 
 def open_backend(folder: Path, spec: ModelSpec, limits: Limits) -> StaticCacheBackend:
@@ -45,7 +45,8 @@ class StaticCacheBackend(FixedCache):
         self._session = open_graph(folder / GRAPH, limits)
         places = _places(self._session, limits.max_length)
         super().__init__(replace(limits, max_length=min(limits.max_length, places)), places)
-        self._cache = new_cache(spec, limits.max_batch, places)
+        self._dtype = cache_dtype(self._session)
+        self._cache = new_cache(spec, limits.max_batch, places, self._dtype)
 
     @cached_property
     def _scorer(self) -> Any:
@@ -59,7 +60,7 @@ class StaticCacheBackend(FixedCache):
     def score(self, ids: Ids) -> Logits:
         """Logits at every position of fresh sequences, (B, S, V)."""
         rows, length = ids.shape
-        empty = new_cache(self.spec, rows, _places(self._scorer, length))
+        empty = new_cache(self.spec, rows, _places(self._scorer, length), self._dtype)
         feeds = {f"past_key_values.{name}": buffer for name, buffer in empty.items()}
         counts = {"write_indices": np.zeros(rows, np.int64), "token_counts": np.full(rows, length)}
         wanted = {given.name for given in self._scorer.get_inputs()}  # the last token is not picked, nor is it counted

@@ -91,8 +91,8 @@ def bench(
         EngineError: if an engine cannot be opened, dies, or does not produce the tokens it should.
     """
     machine = environment()
-    with _opened(baseline, workload) as a, _opened(candidate, workload) as b:
-        warmups = {side: _warm_up(side, prompts[0], workload) for side in (a, b)}
+    with opened(baseline, workload) as a, opened(candidate, workload) as b:
+        warmups = {side: warm_up(side, prompts[0], workload) for side in (a, b)}
         samples: dict[Process, list[Sample]] = {a: [], b: []}
         with progress("measuring", 4 * workload.rounds) as advance:
             for turn in range(workload.rounds):
@@ -124,7 +124,7 @@ def _side(process: Process, samples: Sequence[Sample], warmups: int, heldout: Se
     )
 
 
-def _warm_up(process: Process, prompt: str, workload: Workload) -> int:
+def warm_up(process: Process, prompt: str, workload: Workload) -> int:
     """Run until two runs in a row take about as long; how many it took."""
     before = process.run(prompt, workload).total_ms
     for count in range(2, MAX_WARMUPS + 1):
@@ -136,7 +136,8 @@ def _warm_up(process: Process, prompt: str, workload: Workload) -> int:
 
 
 @contextmanager
-def _opened(folder: Path, workload: Workload) -> Iterator[Process]:
+def opened(folder: Path, workload: Workload) -> Iterator[Process]:
+    """A worker process for as long as it is needed."""
     process = Process(folder, workload)
     try:
         yield process

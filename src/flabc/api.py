@@ -14,8 +14,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
-
 from flabc import artifact
 from flabc.artifact import Artifact
 from flabc.console import progress
@@ -25,8 +23,10 @@ from flabc.errors import (
     UsageError,
     require,
 )
+from flabc.exports import Exported, export
 from flabc.recipe import Recipe
 from flabc.recipe import load as load_recipe
+from flabc.result import Result
 from flabc.runtime.doctor import Finding, examine
 from flabc.runtime.evaluate.record import Record
 from flabc.runtime.evaluate.sandbox import isolation
@@ -36,11 +36,10 @@ from flabc.runtime.evaluate.task import check as check_task
 from flabc.runtime.measure.environment import environment
 from flabc.runtime.measure.result import BenchResult, Workload
 from flabc.spec import BYTES_PER_PARAMETER, ModelSpec
-from flabc.targets import model_folder, target_named
+from flabc.targets import model_folder
 
 if TYPE_CHECKING:
     from flabc.compress.model import CausalLM
-    from flabc.export.tensorrt_plan import BuildOptions
     from flabc.perf.evaluation import EvalResult, EvalSide
 
 __all__ = [
@@ -65,12 +64,6 @@ HELDOUT_DOCUMENTS, HELDOUT_CHARACTERS = 24, 2400
 
 #: Characters per prompt token that a text must have to be sure to fill a prompt.
 CHARACTERS_PER_TOKEN = 12
-
-
-class Result(BaseModel):
-    """A frozen record; ``model_dump(mode="json")`` is what ``--json`` prints."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Inspection(Result):
@@ -106,22 +99,6 @@ class Compressed(Result):
     def kept(self) -> float:
         """The fraction of the dense model's parameters that is left."""
         return self.spec.num_parameters / self.dense.num_parameters
-
-
-class Exported(Result):
-    """What exporting wrote, and how it compares with torch."""
-
-    path: Path
-    spec: ModelSpec
-    target: str
-    precision: str
-    parity: dict[str, Any]
-
-    @property
-    def missing(self) -> str | None:
-        """Why the engine has not been built and how it can be, though all else was written; None if it is whole."""
-        reason: str | None = self.parity.get("tensorrt", {}).get("missing")
-        return reason
 
 
 class Diff(Result):
@@ -308,52 +285,6 @@ def _write_checkpoint(cut: CausalLM, done: Compressed, output: Path, seed: int, 
         )
         draft.spec, draft.recipe, draft.source, draft.seed = done.spec, done.recipe, cut.source, seed
         draft.receipts = {"stages": done.stages, "quality": done.quality}
-
-
-def export(
-    model: str | Path,
-    output: str | Path,
-    *,
-    target: str = "onnx",
-    precision: str | None = None,
-    tie: bool = False,
-    force: bool = False,
-    build: BuildOptions | None = None,
-) -> Exported:
-    """Turn a checkpoint, or any dense model of a known family, into what serves, and prove it against torch.
-
-    Args:
-        model: a checkpoint folder, or whatever ``compress`` takes as a model.
-        output: the folder to write.
-        target: ``onnx``, for ONNX Runtime; ``onnx-standard``, in operators of the ONNX standard alone; ``tensorrt``,
-            the same with an engine built of it where there is a GPU; or ``gguf``, for llama.cpp, if all layers are
-            equal and whole.
-        precision: ``fp32`` for ONNX; ``fp16`` (the default), ``fp32``, ``bf16`` or ``int8`` for ``gguf``.
-        tie: as for ``compress``.
-        force: replace a folder that is not empty.
-        build: for ``tensorrt`` alone, how it is built.
-
-    Returns:
-        what was written; its ``missing`` says if a TensorRT engine could not be built on this machine.
-
-    Raises:
-        ParityError: if the result's answers differ from torch's; no folder is written then.
-        FlabcError: see ``flabc.errors``.
-    """
-    artifact.check_free(output, force=force)
-    chosen = target_named(target, build)
-    precision = chosen.precision(precision)
-    with (
-        model_folder(str(model), tie=tie) as (folder, spec, made),
-        artifact.create(output, chosen.kind, force=force) as draft,
-    ):
-        draft.spec, draft.target = spec, target
-        parity = chosen.make(folder, spec, draft.path, precision, Path(model).name)
-        if made is not None:
-            draft.recipe, draft.source, draft.seed = made.recipe, made.source, made.seed
-            draft.receipts = dict(made.receipts)
-        draft.receipts["parity"] = parity
-    return Exported(path=Path(output), spec=spec, target=target, precision=precision, parity=parity)
 
 
 def evaluate(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -35,6 +35,18 @@ _FLAGS = (
 )
 
 
+#: The names of their values.
+NAMES = (
+    "max_batch",
+    "max_input",
+    "max_length",
+    "timing_cache",
+    "version_compatible",
+    "hardware_compatible",
+    "strip_weights",
+)
+
+
 def build_flags(command: F) -> F:
     """Add the flags; the command gets them as keyword arguments of the same names."""
     for flag in reversed(_FLAGS):
@@ -42,13 +54,14 @@ def build_flags(command: F) -> F:
     return command
 
 
-def build_options(flags: Mapping[str, Any]) -> BuildOptions | None:
-    """What was asked for; None if nothing was.
+def take_build_options(arguments: dict[str, Any]) -> BuildOptions | None:
+    """What was asked for, taken out of a command's arguments; None if nothing was.
 
     Raises:
         UsageError: if a value does not fit.
     """
-    asked = {name: value for name, value in flags.items() if value is not None}
+    given = {name: arguments.pop(name) for name in NAMES}
+    asked = {name: value for name, value in given.items() if value is not None}
     if not asked:
         return None
     from flabc.export.tensorrt_plan import BuildOptions

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from flabc import __version__
-from flabc.build_options import build_flags, build_options
+from flabc.build_options import build_flags, take_build_options
 from flabc.errors import NOT_BUILT, FlabcError, UnknownNameError, UsageError
 
 if TYPE_CHECKING:
     from flabc.api import Compressed, Diff, Inspection
+    from flabc.exports import Candidate
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -169,8 +170,6 @@ def compress(
 
 def _agreement(parity: Mapping[str, Any]) -> str:
     """How near an engine is to torch, in words."""
-    if "why" in parity:
-        return f"not compared with torch: {parity['why']}"
     if "tolerance" not in parity:  # weights are rounded
         return f"KL to torch {parity['kl']:.2g} nats, the same most likely token at {parity['top1_agreement']:.1%}"
     rounding = parity.get("rounding", {}).get("max_relative")
@@ -178,15 +177,40 @@ def _agreement(parity: Mapping[str, Any]) -> str:
     return near + (f"; rounding moved logits by up to {rounding:.1g}" if rounding is not None else "")
 
 
+def _tried(candidate: Candidate) -> str:
+    """A line about a precision that was tried."""
+    details = " ".join(f"{key}={value}" for key, value in candidate.storage.items())
+    name = f"  {candidate.precision} {details}"
+    if candidate.total_ms is None:
+        return f"{name:<22} {candidate.verdict}"
+    return (
+        f"{name:<22} {candidate.mib:7.0f} MiB  KL {candidate.kl:.1e}  prefill {candidate.prefill_tokens_per_s:6.0f} "
+        f"tokens/s  decode {candidate.decode_tokens_per_s:6.1f} tokens/s  {candidate.verdict}"
+    )
+
+
 @cli.command()
 @click.argument("checkpoint", required=False)
 @click.option("-o", "--output", type=click.Path(), help="The engine folder to write.")
-@click.option("--target", help="What to make: onnx, onnx-standard, tensorrt, or gguf.  [default: onnx]")
+@click.option("--target", help="What to make: onnx, onnx-standard, tensorrt, or gguf for llama.cpp.  [default: onnx]")
 @click.option(
     "--precision",
-    help="The precision of the weights: fp32, int8 or int4; for onnx-standard fp32; for gguf fp16, fp32, bf16 or int8. "
-    " [default: the first]",
+    help="fp32, fp16 or bf16; for onnx also int8, int4, or auto: the fastest here; for gguf fp16, fp32, bf16 or int8. "
+    " [default: the first; for tensorrt fp16]",
 )
+@click.option(
+    "--kl-bound",
+    default=0.02,
+    show_default=True,
+    help="With auto: the most it may differ from the model, nats a token.",
+)
+@click.option("--compute", help="What an engine of int8 or int4 computes in: fp32, fp16 or bf16.  [default: fp32]")
+@click.option("--block-size", type=int, help="Numbers of int8 or int4 that share a scale: 16 to 256.  [default: 32]")
+@click.option(
+    "--symmetric/--asymmetric", default=None, help="Whether blocks are without zero points.  [default: symmetric]"
+)
+@click.option("--embedding", help="Of int8 or int4: the embedding in int4, int8 or full.  [default: int8]")
+@click.option("--head", help="The output matrix likewise; stored once if it is the embedding's.  [default: int8]")
 @build_flags
 @TIE
 @FORCE
@@ -196,10 +220,11 @@ def export(
     output: str | None,
     target: str | None,
     precision: str | None,
+    kl_bound: float,
     tie: bool,
     force: bool,
     as_json: bool,
-    **build: Any,
+    **details: Any,
 ) -> None:
     """Turn CHECKPOINT, or any dense model, into an engine folder or a GGUF, proven against torch.
 
@@ -209,10 +234,12 @@ def export(
     \b
     flabc export pruned -o engine
     flabc export smollm2-135m -o dense-engine
+    flabc export pruned -o small-engine --precision int4 --block-size 128
     flabc export pruned --target gguf --precision bf16 -o for-llama-cpp
     flabc export pruned --target tensorrt --max-batch 4 -o for-tensorrt
     """
     from flabc import api
+    from flabc.export.precision import Storage
     from flabc.project import Project, find, need, settle
 
     if checkpoint is not None:
@@ -224,23 +251,22 @@ def export(
     if precision is None and target in (None, project.target):  # the project's is meant for its target
         precision = project.precision
     target = target or project.target
-    chosen = build_options(build)
-    done = [
-        api.export(str(source), out, target=target, precision=precision, tie=tie, force=force, build=chosen)
-        for source, out in jobs
-    ]
+    build = take_build_options(details)
+    how: dict[str, Any] = {"target": target, "precision": precision, "storage": Storage(**details), "build": build}
+    done = [api.export(str(source), out, **how, kl_bound=kl_bound, tie=tie, force=force) for source, out in jobs]
     data = done[0] if checkpoint else {"engines": [result.model_dump(mode="json") for result in done]}
 
     def show() -> None:
         for result in done:
+            for tried in result.candidates:
+                click.echo(_tried(tried), err=True)
             size = f"{result.spec.num_parameters / 1e6:.1f} M parameters, {result.precision}"
             click.echo(f"{result.path}: {size}; {_agreement(result.parity)}")
 
     emit(as_json, data, show)
-    if reasons := [
-        f"{result.path}: no TensorRT engine was built: {result.missing}" for result in done if result.missing
-    ]:
-        click.echo("\n".join(reasons), err=True)
+    if unbuilt := [result for result in done if result.missing]:
+        for result in unbuilt:
+            click.echo(f"{result.path}: no TensorRT engine was built: {result.missing}", err=True)
         click.get_current_context().exit(NOT_BUILT)
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flabc.artifact import Artifact, Kind, Manifest
-from flabc.console import progress
+from flabc.console import note, progress
 from flabc.errors import ModelError, ParityError, UnknownNameError, UsageError, require
+from flabc.export.precision import Precision, Storage, precision_named
 from flabc.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -22,9 +23,30 @@ if TYPE_CHECKING:
     from flabc.export.tensorrt_plan import BuildOptions
     from flabc.runtime.text import TextCodec
 
-#: Writes into a folder and proves it: from the checkpoint, its spec, the folder, the precision and the model's name to
-#: the receipt.
-Make = Callable[[Path, ModelSpec, Path, str, str], dict[str, Any]]
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be exported.
+
+    Args:
+        checkpoint: a Hugging Face folder.
+        spec: its shapes.
+        out: the folder to write into.
+        precision: by name.
+        storage: what is changed about it, if anything.
+        name: the model's.
+    """
+
+    checkpoint: Path
+    spec: ModelSpec
+    out: Path
+    precision: str
+    storage: Storage | None
+    name: str
+
+
+#: Writes and proves; gives the receipt.
+Make = Callable[[Job], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -77,11 +99,12 @@ def _onnx(target: str) -> Target:
 
         return _choice(name, engine.PRECISIONS[target])
 
-    def make(folder: Path, spec: ModelSpec, out: Path, precision: str, name: str) -> dict[str, Any]:
+    def make(job: Job) -> dict[str, Any]:
         from flabc.export import engine
 
-        engine.write(folder, spec, out, target, precision)
-        return _prove(out, folder, spec, target, precision)
+        stored = precision_named(job.precision, job.storage)
+        engine.write(job.checkpoint, job.spec, job.out, target, stored)
+        return _prove_graph(job, target, stored) | {"stored": asdict(stored)}
 
     return Target("engine", precision, make)
 
@@ -101,17 +124,20 @@ def _choice(precision: str | None, known: Iterable[str]) -> str:
     return chosen
 
 
-def _make_gguf(folder: Path, spec: ModelSpec, out: Path, precision: str, name: str) -> dict[str, Any]:
+def _make_gguf(job: Job) -> dict[str, Any]:
     from flabc.compress.load import complete_config
     from flabc.export import gguf_writer
 
+    if job.storage not in (None, Storage()):
+        raise UsageError("How a GGUF stores its matrices is settled by its precision.", fix="Leave the options away.")
+    folder, spec = job.checkpoint, job.spec
     gguf_writer.check_layers(spec)
     config = complete_config(folder)
     gguf_writer.check(spec, config)
-    file = out / gguf_writer.FILE
-    stored = gguf_writer.write(folder, spec, config, file, precision=precision, name=name)
+    file = job.out / gguf_writer.FILE
+    stored = gguf_writer.write(folder, spec, config, file, precision=job.precision, name=job.name)
     length = gguf_writer.context_length(spec, config)
-    return _prove_gguf(file, folder, spec, precision, length) | {"stored": stored}
+    return _prove_gguf(file, folder, spec, job.precision, length) | {"stored": stored}
 
 
 def _tensorrt(options: BuildOptions | None = None) -> Target:
@@ -121,10 +147,10 @@ def _tensorrt(options: BuildOptions | None = None) -> Target:
 
         return _choice(name, tensorrt_target.precisions())
 
-    def make(folder: Path, spec: ModelSpec, out: Path, precision: str, name: str) -> dict[str, Any]:
+    def make(job: Job) -> dict[str, Any]:
         from flabc import tensorrt_target
 
-        return tensorrt_target.make(folder, spec, out, precision, options, _prove)
+        return tensorrt_target.make(job, options, prove_graph=_prove_graph, prove_engine=_prove)
 
     return Target("engine", precision, make)
 
@@ -158,37 +184,46 @@ def target_named(name: str, options: BuildOptions | None = None) -> Target:
     return _tensorrt(options)
 
 
-def _prove(
-    engine: Path, folder: Path, spec: ModelSpec, target: str, precision: str, *, max_batch: int | None = None
-) -> dict[str, Any]:
-    """Compare an engine that is still a draft with torch on the checkpoint it was made from.
+def _prove_graph(job: Job, target: str, stored: Precision) -> dict[str, Any]:
+    """Compare a draft's graph in ONNX Runtime with torch, in the way that its precision can be run."""
+    return (_prove_twin if stored.compute == "bf16" else _prove)(job, target, stored)
 
-    Args:
-        engine: the draft.
-        folder: the checkpoint.
-        spec: its shapes.
-        target: what the draft is to be run as, a key of ``RUNS``.
-        precision: of the draft.
-        max_batch: sequences that it holds, if they are few.
-    """
+
+def _prove(job: Job, target: str, stored: Precision, max_batch: int | None = None) -> dict[str, Any]:
+    """Compare an engine that is still a draft with torch on the checkpoint it was made from."""
+    return _compare(job.out, job, target, stored, max_batch)
+
+
+def _prove_twin(job: Job, target: str, stored: Precision) -> dict[str, Any]:
+    """The same for an engine in bfloat16, which ONNX Runtime cannot compute in on a CPU: its float32 twin is run."""
+    from flabc.export import twin
+
+    note("bf16 has no kernels on a CPU: the proof runs this graph and its stored weights in float32")
+    with tempfile.TemporaryDirectory(prefix="flabc-") as folder:
+        twin.write(job.out, Path(folder))
+        return _compare(Path(folder), job, target, stored) | {"computed_in": "fp32"}
+
+
+def _compare(engine: Path, job: Job, target: str, stored: Precision, max_batch: int | None = None) -> dict[str, Any]:
+    """The receipt of an engine that holds ``max_batch`` sequences, or as many as are asked for."""
     require("torch", "compress")
     from flabc.export import parity
     from flabc.runtime.backend import RUNS, Limits, open_backend
     from flabc.runtime.text import TextCodec
 
     length = max(parity.LENGTHS) + parity.STEPS
-    if spec.max_position_embeddings < length:
+    if job.spec.max_position_embeddings < length:
         raise ModelError(
             "The model has too few positions to be checked against torch.",
             expected=f"at least {length}",
-            found=str(spec.max_position_embeddings),
+            found=str(job.spec.max_position_embeddings),
         )
     limits = Limits(max_batch=min(len(parity.LENGTHS), max_batch or len(parity.LENGTHS)), max_length=length)
-    candidate = open_backend(RUNS[target], engine, spec, limits)
-    reference = open_backend("torch", folder, spec, limits)
+    candidate = open_backend(RUNS[target], engine, job.spec, limits)
+    reference = open_backend("torch", job.checkpoint, job.spec, limits)
     text = Path(parity.__file__).read_text(encoding="utf-8")  # code, and always at hand
-    ids = TextCodec(folder).encode_plain(text)
-    return parity.check(candidate, reference, ids, max_batch=limits.max_batch, precision=precision).receipt()
+    ids = TextCodec(job.checkpoint).encode_plain(text)
+    return parity.check(candidate, reference, ids, max_batch=limits.max_batch, precision=stored.coarsest).receipt()
 
 
 def _prove_gguf(file: Path, folder: Path, spec: ModelSpec, precision: str, length: int) -> dict[str, Any]:

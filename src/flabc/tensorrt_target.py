@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from flabc.errors import EngineError
-from flabc.spec import ModelSpec
-
 if TYPE_CHECKING:
-    from flabc.export.tensorrt_plan import BuildOptions, BuildPlan
+    from flabc.export.tensorrt_plan import BuildOptions
+    from flabc.targets import Job
 
 #: Compares a draft with torch: see ``flabc.targets``.
 Prove = Callable[..., dict[str, Any]]
@@ -27,18 +25,14 @@ def precisions() -> list[str]:
     return [name for name in tensorrt_plan.PRECISIONS if name in known]
 
 
-def make(
-    folder: Path, spec: ModelSpec, out: Path, precision: str, options: BuildOptions | None, prove: Prove
-) -> dict[str, Any]:
+def make(job: Job, options: BuildOptions | None, *, prove_graph: Prove, prove_engine: Prove) -> dict[str, Any]:
     """Write and prove what TensorRT builds, and build it if this machine can.
 
     Args:
-        folder: the checkpoint.
-        spec: its shapes.
-        out: the draft's folder.
-        precision: one of ``precisions()``.
+        job: what is exported.
         options: how TensorRT builds; None for the defaults.
-        prove: compares a draft with torch.
+        prove_graph: compares the graph in ONNX Runtime with torch.
+        prove_engine: compares what was built with torch.
 
     Returns:
         the receipt: of the built engine if it was built, else of the ONNX file; what was done is under ``tensorrt``.
@@ -49,34 +43,18 @@ def make(
         EngineError: if TensorRT cannot build.
     """
     from flabc.export import engine, parity, tensorrt_engine, tensorrt_plan, tensorrt_rules
+    from flabc.export.precision import precision_named
 
-    least = max(parity.LENGTHS) + parity.STEPS
-    plan = tensorrt_plan.plan(spec, precision, options or tensorrt_plan.BuildOptions(), least_length=least)
-    engine.write(folder, spec, out, GRAPH_TARGET, precision, cache_length=plan.max_length)
+    stored, least = precision_named(job.precision, job.storage), max(parity.LENGTHS) + parity.STEPS
+    plan = tensorrt_plan.plan(job.spec, job.precision, options or tensorrt_plan.BuildOptions(), least_length=least)
+    engine.write(job.checkpoint, job.spec, job.out, GRAPH_TARGET, stored, cache_length=plan.max_length)
     for built in plan.engines:
-        tensorrt_rules.check(out / built.graph)
-    plan.write(out)
-    receipt = _on_cpu(out, folder, spec, precision, prove)
+        tensorrt_rules.check(job.out / built.graph)
+    plan.write(job.out)
+    receipt = prove_graph(job, GRAPH_TARGET, stored) | {"stored": asdict(stored)}
     missing = tensorrt_engine.missing()
     if missing is not None:
-        return {**receipt, "tensorrt": {"built": False, "missing": f"{missing}. {tensorrt_engine.HOW}"}}
-    return {**_built(out, folder, spec, plan, prove), "tensorrt": {"built": True, "graph": receipt}}
-
-
-def _on_cpu(out: Path, folder: Path, spec: ModelSpec, precision: str, prove: Prove) -> dict[str, Any]:
-    """The receipt of the ONNX file in ONNX Runtime; says so if that cannot run the precision."""
-    from flabc.runtime.backend import RUNS, Limits, open_backend
-
-    try:
-        open_backend(RUNS[GRAPH_TARGET], out, spec, Limits(max_length=1))
-    except EngineError as error:
-        return {"proven": False, "why": f"ONNX Runtime does not run {precision} here: {error}"}
-    return prove(out, folder, spec, GRAPH_TARGET, precision)
-
-
-def _built(out: Path, folder: Path, spec: ModelSpec, plan: BuildPlan, prove: Prove) -> dict[str, Any]:
-    """Build the engines; token for token the same must come out of them."""
-    from flabc.export import tensorrt_engine
-
-    tensorrt_engine.build(out, plan)
-    return prove(out, folder, spec, "tensorrt", plan.precision, max_batch=plan.options.max_batch)
+        return receipt | {"tensorrt": {"built": False, "missing": f"{missing}. {tensorrt_engine.HOW}"}}
+    tensorrt_engine.build(job.out, plan)
+    proof = prove_engine(job, "tensorrt", stored, plan.options.max_batch)
+    return proof | {"tensorrt": {"built": True, "graph": receipt}}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from hypothesis import strategies as st
 from flabc import api
 from flabc.errors import ParityError
 from flabc.export import engine, parity, quantize
-from flabc.export.quantize import Quantization
+from flabc.export.precision import Blocks, Storage, precision_named
 from flabc.runtime.backend import Limits, open_backend
 from flabc.runtime.sampling import SamplingParams
 from flabc.runtime.session import Session
@@ -55,8 +54,7 @@ def test_no_number_moves_by_more_than_a_step(
     bits: int, block_size: int, symmetric: bool, inputs: int, seed: int
 ) -> None:
     matrix = np.random.default_rng(seed).normal(size=(inputs, 5)).astype(np.float32)
-    how = Quantization(bits, block_size=block_size, symmetric=symmetric)
-    made = how.packed(matrix, bits)
+    made = quantize.packed(matrix, Blocks(bits, block_size, symmetric))
     held = unpacked(made["packed"], made["scales"], None if symmetric else made["zero_points"], bits, inputs)
     steps = np.repeat(np.abs(made["scales"]), block_size, 1)[:, :inputs]
     assert (np.abs(held - matrix.T) <= 1.01 * steps).all()
@@ -107,10 +105,9 @@ def test_the_engine_says_what_torch_says_with_the_same_numbers(
     any_tiny: Path, tmp_path: Path, bits: int, symmetric: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantize, "INTEGER_PRODUCTS", 1)  # float32 products: nothing else is rounded
-    how = replace(quantize.PRECISIONS[f"int{bits}"] or Quantization(bits), symmetric=symmetric)
-    monkeypatch.setitem(engine.QUANTIZATIONS, "int8", how)
     spec = ModelSpec.from_config(json.loads((any_tiny / "config.json").read_text()))
-    engine.write(any_tiny, spec, tmp_path, precision="int8")
+    how = precision_named(f"int{bits}", Storage(symmetric=symmetric))
+    engine.write(any_tiny, spec, tmp_path, precision=how)
     backend = open_backend("onnxruntime", tmp_path, spec, Limits(max_batch=2, max_length=64))
     model = rounded_model(any_tiny, tmp_path / engine.GRAPH, bits)
     with torch.no_grad():

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import onnxruntime
 import pytest
@@ -26,6 +25,7 @@ from flabc import api, tensorrt_target
 from flabc.artifact import Artifact
 from flabc.errors import EngineError, ModelError, UnknownNameError, UsageError
 from flabc.export import engine, tensorrt_engine, tensorrt_plan, tensorrt_rules
+from flabc.export.precision import precision_named
 from flabc.export.tensorrt_plan import BuildOptions, BuildPlan
 from flabc.runtime.backend import Limits
 from flabc.runtime.session import Session
@@ -202,18 +202,16 @@ def test_the_precision_is_one_that_can_be_exported_and_tensorrt_computes_in(
         api.export(tiny("qwen2-tied"), tmp_path / "engine", target="tensorrt", precision="int4")
 
 
-def test_a_precision_that_onnx_runtime_does_not_run_is_not_called_proven(
-    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A graph of the rules that ONNX Runtime refuses: what bfloat16 is on many processors."""
-
-    def refuse(*_: Any) -> Any:
-        raise EngineError("ONNX Runtime cannot open it.")
-
-    monkeypatch.setattr("flabc.runtime.backends.static_cache.open_graph", refuse)
-    done = api.export(tiny("qwen2-tied"), tmp_path / "engine", target="tensorrt")
-    assert done.parity["proven"] is False
-    assert "holds" not in done.parity
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_keeps_the_rules(tiny: Callable[[str], Path], tmp_path: Path, precision: str) -> None:
+    """Every family that TensorRT can have: nothing is cast in silence, whatever its norms, gates and multipliers."""
+    for variant in ("granite-tied", "gemma3_text-tied", "starcoder2-tied", "phi3-partial", "llama-yarn"):
+        folder, out = tiny(variant), tmp_path / variant
+        out.mkdir()
+        made = ModelSpec.from_config(json.loads((folder / "config.json").read_text()))
+        engine.write(folder, made, out, "onnx-standard", precision_named(precision), cache_length=256)
+        for name in (engine.GRAPH, engine.SCORING_GRAPH):
+            assert tensorrt_rules.violations(out / name) == [], variant
 
 
 def test_a_family_whose_attention_tensorrt_does_not_have_is_refused_whole(

@@ -31,7 +31,7 @@ def test_runs_are_interleaved_so_that_drift_cancels(
         return true(self, text, workload)
 
     monkeypatch.setattr(bench.Process, "run", run)
-    monkeypatch.setattr(bench, "_warm_up", lambda *_: 0)
+    monkeypatch.setattr(bench, "warm_up", lambda *_: 0)
     result = bench.bench(tiny_engine, tiny_dense_engine, SMALL.model_copy(update={"rounds": 2}), [TEXT], [])
     a, b = tiny_dense_engine.name, tiny_engine.name
     assert order == [a, b, b, a] * 2
@@ -79,7 +79,7 @@ class Timed:
 )
 def test_warming_up_ends_when_runs_are_steady_or_at_the_bound(totals_ms: tuple[float, ...], runs: int) -> None:
     process: Any = Timed(*totals_ms)
-    assert bench._warm_up(process, TEXT, SMALL) == runs
+    assert bench.warm_up(process, TEXT, SMALL) == runs
     assert len(process.totals_ms) == len(totals_ms) - runs
 
 
