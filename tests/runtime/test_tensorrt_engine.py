@@ -20,9 +20,10 @@ import pytest
 from flabc import api
 from flabc.errors import EngineError, MissingExtraError
 from flabc.export import engine, tensorrt_engine, tensorrt_plan
+from flabc.export.precision import precision_named
 from flabc.export.tensorrt_plan import BuildOptions, BuildPlan
 from flabc.runtime.backend import Limits, open_backend
-from flabc.runtime.backends.tensorrt_engine import ALIGNMENT, CudaMemory, TensorRtBackend, _in_float32
+from flabc.runtime.backends.tensorrt_engine import ALIGNMENT, TYPES, CudaMemory, TensorRtBackend, _in_float32
 from flabc.runtime.session import Session
 from flabc.spec import ModelSpec
 
@@ -33,7 +34,7 @@ MISSING = tensorrt_engine.missing()
 
 MAX_BATCH, MAX_INPUT, PLACES = 3, 16, 64
 
-NAMES = {"tensor(float)": "FLOAT", "tensor(int64)": "INT64"}
+NAMES = {"tensor(float)": "FLOAT", "tensor(float16)": "HALF", "tensor(int64)": "INT64"}
 
 
 class HostMemory:
@@ -134,13 +135,10 @@ class StandInContext:
 
     def view(self, name: str) -> Any:
         """The array at a binding's address."""
-        shape, kind = self.get_tensor_shape(name), np.int64 if "INT64" in self.kind(name) else np.float32
+        shape, kind = self.get_tensor_shape(name), TYPES[self.engine.get_tensor_dtype(name).name]
         size = int(np.prod(shape)) * np.dtype(kind).itemsize
         self.engine.memory.check(self.addresses[name], size)
         return np.frombuffer((ctypes.c_char * size).from_address(self.addresses[name]), kind).reshape(shape)
-
-    def kind(self, name: str) -> str:
-        return str(self.engine.get_tensor_dtype(name).name)
 
     def execute_async_v3(self, stream: int) -> bool:
         if stream != HostMemory.stream or set(self.addresses) != set(self.engine.names):
@@ -266,6 +264,28 @@ def test_every_position_is_scored_and_the_running_sequences_go_on(opened: Any, t
     np.testing.assert_allclose(backend.score(IDS[:, :40]), torch_backend.score(IDS[:, :40]), atol=2e-4)
     found, expected = (each.extend(IDS[:1, 5:6], np.array([1])) for each in (backend, torch_backend))
     np.testing.assert_allclose(found, expected, atol=2e-4)
+
+
+def test_a_cache_in_half_precision(exported: tuple[Path, Path, ModelSpec, BuildPlan], tmp_path: Path) -> None:
+    """The same graph in ONNX Runtime's own backend says the same to the bit."""
+    folder, _, spec, plan = exported
+    engine.write(folder, spec, tmp_path, "onnx-standard", precision_named("fp16"), cache_length=PLACES)
+    memory = HostMemory()
+    limits = Limits(max_batch=3, max_length=PLACES)
+    backends = (
+        TensorRtBackend(spec, limits, memory, StandIns(tmp_path, plan, memory)),
+        open_backend("onnxruntime-static", tmp_path, spec, limits),
+    )
+    said = []
+    for backend in backends:
+        backend.start(2)
+        backend.extend(IDS[:2, :9], np.array([4, 9]))
+        backend.join(IDS[2:, :13], np.array([13]))
+        backend.keep([2, 0])
+        said.append((backend.extend(IDS[:2, 20:21], np.array([1, 1])), backend.score(IDS[:1, :20])))
+    for found, expected in zip(*said, strict=True):
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_no_more_than_was_built_for(opened: Any) -> None:
