@@ -37,6 +37,11 @@ class Process:
             self.close()
             raise
 
+    @property
+    def pid(self) -> int:
+        """Of the worker."""
+        return self._pipe.pid
+
     def call(self, name: str, **arguments: Any) -> dict[str, Any]:
         """Ask the worker for something.
 

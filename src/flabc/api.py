@@ -415,7 +415,7 @@ def bench(
         Artifact.open(folder, "engine")
     workload = workload or Workload()
     texts = list(heldout_texts(corpus).values())
-    result = measure(Path(engine), Path(baseline), workload, _prompts(corpus, workload), texts)
+    result = measure(Path(engine), Path(baseline), workload, prompt_texts(corpus, workload), texts)
     with artifact.create(output, "report", force=force) as draft:
         (draft.path / "bench.json").write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
         report.write_html(result, draft.path / "report.html")
@@ -522,7 +522,12 @@ def _identities(models: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def _prompts(corpus: str, workload: Workload) -> list[str]:
+def prompt_texts(corpus: str, workload: Workload) -> list[str]:
+    """Held-out texts that are long enough for a prompt, one for each round.
+
+    Raises:
+        FlabcError: if there is none.
+    """
     from flabc.compress.data.corpus import load
 
     size = CHARACTERS_PER_TOKEN * workload.prompt_tokens

@@ -1,0 +1,201 @@
+"""Gate: from measurements to a verdict for each metric, and to one for all.
+
+A metric fails only if its effect is above its limit, its interval excludes the limit, and there are enough samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import median
+from typing import Any, Literal
+
+from flabc.runtime.measure.pairs import Pair
+from flabc.runtime.measure.result import Record
+
+from .comparison import EvalRow
+from .gates import SPEEDS, Gates, QualityGate
+from .sequential import LOOKS, Effect, Outcome, decide, effect, share
+
+Kind = Literal["speed", "size", "quality", "parity"]
+
+#: How many standard errors make an interval of a quality figure.
+ERRORS = 1.96
+
+
+class Check(Record):
+    """One metric's verdict.
+
+    Args:
+        metric: its name.
+        kind: what it is about.
+        outcome: ``undecided`` if it may lie on either side of its limit.
+        value: what was measured of the candidate; for a speed its median.
+        baseline: what was measured of the baseline.
+        unit: of both.
+        ratio: candidate over baseline.
+        interval: of the ratio, or of the value where there is no ratio.
+        limit: what ratio or value may not be above.
+        samples: pairs, documents or problems.
+        detail: in words.
+    """
+
+    metric: str
+    kind: Kind
+    outcome: Outcome
+    value: float | None = None
+    baseline: float | None = None
+    unit: str = ""
+    ratio: float | None = None
+    interval: tuple[float, float] | None = None
+    limit: float | None = None
+    samples: int | None = None
+    detail: str = ""
+
+
+class Timed(Record):
+    """What timing ended with: the checks, the pairs that count, and how many do not as others used the machine."""
+
+    checks: tuple[Check, ...]
+    pairs: tuple[Pair, ...]
+    disturbed: int = 0
+    seconds: float = 0.0
+
+
+def timed(pairs: Iterator[Pair], gates: Gates, clock: Callable[[], float]) -> Timed:
+    """Take pairs until every speed is decided or the time is up.
+
+    Args:
+        pairs: measured as they are asked for.
+        gates: limits, error and time.
+        clock: seconds.
+    """
+    began, kept, disturbed = clock(), list[Pair](), 0
+    checks: dict[str, Check] = {}
+    while clock() - began < gates.budget_s and len(kept) < LOOKS[-1]:
+        pair = next(pairs)
+        if pair.foreign_cores > gates.max_foreign_cores:
+            disturbed += 1
+            continue
+        kept.append(pair)
+        if len(kept) in LOOKS:
+            checks = judged(kept, gates)
+            if all(check.outcome != "undecided" for check in checks.values()):
+                break
+    if not checks:
+        checks = {name: _too_few(name, len(kept), disturbed) for name in gates.speed}
+    return Timed(
+        checks=tuple(checks.values()), pairs=tuple(kept), disturbed=disturbed, seconds=round(clock() - began, 1)
+    )
+
+
+def judged(pairs: Sequence[Pair], gates: Gates) -> dict[str, Check]:
+    """What the pairs say of every speed at one look."""
+    alpha = share(gates.alpha)
+    effects = {name: effect(log_ratios(pairs, name), 1 + rise, alpha=alpha) for name, rise in gates.speed.items()}
+    outcomes = decide(effects, alpha=alpha)
+    return {name: _speed(name, outcomes[name], found, pairs) for name, found in effects.items()}
+
+
+def log_ratios(pairs: Sequence[Pair], metric: str) -> list[float]:
+    """The logarithm of candidate over baseline of a speed, one a pair."""
+    of = SPEEDS[metric]
+    return [math.log(sum(map(of, pair.candidate)) / sum(map(of, pair.baseline))) for pair in pairs]
+
+
+def _speed(name: str, outcome: Outcome, found: Effect, pairs: Sequence[Pair]) -> Check:
+    of = SPEEDS[name]
+    sides = [median(of(run) for pair in pairs for run in side(pair)) for side in (_candidate, _baseline)]
+    return Check(
+        metric=name,
+        kind="speed",
+        outcome=outcome,
+        value=sides[0],
+        baseline=sides[1],
+        unit="ms",
+        ratio=found.ratio,
+        interval=found.interval,
+        limit=found.limit,
+        samples=found.pairs,
+    )
+
+
+def _candidate(pair: Pair) -> tuple[Any, ...]:
+    return pair.candidate
+
+
+def _baseline(pair: Pair) -> tuple[Any, ...]:
+    return pair.baseline
+
+
+def _too_few(name: str, kept: int, disturbed: int) -> Check:
+    why = f"{kept} pairs counted, {LOOKS[0]} are needed"
+    if disturbed:
+        why += f"; {disturbed} were measured while others used the machine"
+    return Check(metric=name, kind="speed", outcome="undecided", samples=kept, detail=why)
+
+
+def sized(metric: str, value: float, baseline: float, unit: str, rise: float) -> Check:
+    """A figure that is counted: no chance is in it."""
+    ratio = value / baseline
+    outcome: Outcome = "fail" if ratio > 1 + rise else "pass"
+    return Check(
+        metric=metric,
+        kind="size",
+        outcome=outcome,
+        value=value,
+        baseline=baseline,
+        unit=unit,
+        ratio=ratio,
+        limit=1 + rise,
+    )
+
+
+def graded(task: str, row: EvalRow, gate: QualityGate) -> list[Check]:
+    """A quality figure against its bounds: how much worse than the baseline's, and its value."""
+    checks = []
+    if gate.max_worse is not None and row.difference is not None:
+        sign = -1 if row.higher_is_better else 1
+        worse = sign * row.difference.value
+        checks.append(_bounded(f"{task}: {row.metric}, worse by", worse, row.difference.error, gate.max_worse, row))
+    if gate.max_value is not None:
+        checks.append(_bounded(f"{task}: {row.metric}", row.target.value, row.target.error, gate.max_value, row))
+    return checks
+
+
+def _bounded(name: str, value: float, error: float | None, bound: float, row: EvalRow) -> Check:
+    """No more samples can be had, so what is above its bound but not surely so stays undecided."""
+    low, high = value - ERRORS * (error or 0.0), value + ERRORS * (error or 0.0)
+    outcome: Outcome = "pass" if value <= bound else "fail" if low > bound else "undecided"
+    return Check(
+        metric=name,
+        kind="quality",
+        outcome=outcome,
+        value=value,
+        baseline=row.baseline.value if row.baseline else None,
+        unit=row.unit,
+        interval=(low, high),
+        limit=bound,
+        samples=row.target.n,
+    )
+
+
+def proven(parity: Mapping[str, Any] | None) -> Check:
+    """The proof that the engine carries."""
+    if parity is None:
+        return Check(metric="parity", kind="parity", outcome="fail", detail="the engine carries no proof")
+    detail = f"KL to torch {parity['kl']:.2g} nats"
+    return Check(metric="parity", kind="parity", outcome="pass" if parity["holds"] else "fail", detail=detail)
+
+
+def verdict(checks: Sequence[Check]) -> Outcome:
+    """One for all: a failure fails, else what is undecided leaves all undecided."""
+    outcomes = {check.outcome for check in checks}
+    return "fail" if "fail" in outcomes else "undecided" if "undecided" in outcomes else "pass"
+
+
+def noise(pairs: Sequence[Pair], gates: Gates) -> dict[str, float]:
+    """Of an engine against itself: the rise of each speed that these pairs could not tell from none."""
+    return {
+        name: max(effect(log_ratios(pairs, name), 1.0, alpha=share(gates.alpha)).interval) - 1 for name in gates.speed
+    }

@@ -1,0 +1,98 @@
+"""Gates: what a change may cost, as a file that is committed beside the code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from flabc.errors import RecipeError, UnknownNameError
+from flabc.runtime.measure.result import Sample, Workload
+
+#: Times of a run, all of which should be low, in milliseconds.
+SPEEDS: dict[str, Callable[[Sample], float]] = {
+    "ttft_ms": lambda sample: sample.ttft_ms,
+    "tpot_ms": lambda sample: sample.tpot_ms,
+    "total_ms": lambda sample: sample.total_ms,
+}
+
+#: What is counted, not timed.
+SIZES = ("parameters", "bytes_on_disk", "peak_memory_mib")
+
+
+def _each_known(kind: str, known: Any) -> AfterValidator:
+    def check(given: dict[str, Any]) -> dict[str, Any]:
+        for name in given:
+            if name not in known:
+                raise ValueError(str(UnknownNameError(kind, name, known)))
+        return given
+
+    return AfterValidator(check)
+
+
+Rise = Annotated[float, Field(gt=0)]
+
+
+class Closed(BaseModel):
+    """Frozen, and closed: a misspelt field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class QualityGate(Closed):
+    """A task of ``flabc eval`` and what its first figure may be.
+
+    Args:
+        max_worse: how much worse than the baseline's it may be, in the figure's own unit (nats, bits, share).
+        max_value: what it may not be above, whatever the baseline.
+        corpus: the text, for tasks that read one.
+        limit: the first so many problems or documents only.
+    """
+
+    max_worse: float | None = Field(None, ge=0)
+    max_value: float | None = None
+    corpus: str = "python-stdlib"
+    limit: int | None = Field(None, ge=1)
+
+
+class Gates(Closed):
+    """The content of a gates file.
+
+    Args:
+        workload: what each timed run does; short runs make many pairs. Its rounds are prompts that take turns.
+        budget_s: seconds after which measuring stops, decided or not.
+        alpha: the chance that may be taken of any false alarm among the speeds.
+        max_foreign_cores: cores that others may keep busy; pairs measured beside more are not counted.
+        speed: by metric, the share by which it may rise, such as 0.03.
+        size: likewise.
+        quality: by task of ``flabc eval``.
+        parity: whether the engine's own proof must hold.
+    """
+
+    workload: Workload = Workload(prompt_tokens=64, output_tokens=16, rounds=8)
+    budget_s: float = Field(120, gt=0)
+    alpha: float = Field(0.05, gt=0, lt=0.5)
+    max_foreign_cores: float = Field(0.25, gt=0)
+    speed: Annotated[dict[str, Rise], _each_known("speed", SPEEDS)] = {}
+    size: Annotated[dict[str, Rise], _each_known("size", SIZES)] = {}
+    quality: dict[str, QualityGate] = {}
+    parity: bool = True
+
+
+def load(file: Path) -> Gates:
+    """Read a gates file.
+
+    Raises:
+        RecipeError: if it is no YAML, or does not validate; every wrong field is named.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        return Gates.model_validate(content or {})
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{file} is not valid YAML: {error}") from error
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        raise RecipeError(f"{file} does not validate: {wrong}") from error

@@ -1,0 +1,198 @@
+"""Gating: measure an engine against another, or against a committed baseline, and judge it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flabc import artifact
+from flabc.artifact import Artifact
+from flabc.errors import UsageError, require
+from flabc.perf import gate, gates, verdict_files
+from flabc.perf.gate import Check, Timed
+from flabc.perf.gates import Gates
+from flabc.perf.sequential import LOOKS, Outcome
+from flabc.result import Result
+from flabc.runtime.evaluate.task import EvalOptions
+from flabc.runtime.measure.environment import environment
+from flabc.runtime.measure.pairs import Pair, measured_pairs
+from flabc.runtime.measure.result import Workload
+from flabc.runtime.measure.stored import Baseline, measure_baseline, sizes_of, stored_pairs
+
+#: Pairs of runs in a baseline, and of an engine against itself.
+STORED_PAIRS = 40
+
+#: Units of what is counted.
+UNITS = {"parameters": "", "bytes_on_disk": "B", "peak_memory_mib": "MiB"}
+
+
+class Gated(Result):
+    """A gate's verdict. ``path`` is the report folder, if one was asked for."""
+
+    verdict: Outcome
+    checks: tuple[Check, ...]
+    pairs: int
+    disturbed: int
+    seconds: float
+    path: Path | None = None
+
+
+class Noise(Result):
+    """An engine against itself: by speed, the rise that could not be told from none, and the limit of the gates."""
+
+    rises: dict[str, float]
+    limits: dict[str, float]
+    pairs: int
+    disturbed: int
+
+    @property
+    def too_tight(self) -> list[str]:
+        """The speeds whose limit is below the noise."""
+        return [name for name, rise in self.rises.items() if self.limits[name] <= rise]
+
+
+def run(
+    candidate: str | Path,
+    against: str | Path,
+    *,
+    config: str | Path | Gates,
+    output: str | Path | None = None,
+    corpus: str = "python-stdlib",
+    allow_code_execution: bool = False,
+    force: bool = False,
+) -> Gated:
+    """Judge an engine.
+
+    Args:
+        candidate: the engine's folder.
+        against: another engine's folder, measured now in turns; or a baseline's JSON.
+        config: a gates file, or its content.
+        output: the folder for ``gate.json``, ``junit.xml``, ``summary.md`` and ``benchmark.json``.
+        corpus: the text for prompts, of which the held-out side is used.
+        allow_code_execution: for tasks that run model-written code.
+        force: replace a folder that is not empty.
+
+    Raises:
+        UsageError: if quality is to be compared with a baseline's file, which holds none.
+        FlabcError: see ``flabc.errors``.
+    """
+    require("scipy", "eval")
+    if output is not None:
+        artifact.check_free(output, force=force)
+    asked = config if isinstance(config, Gates) else gates.load(Path(config))
+    engine, other = Path(candidate), Path(against)
+    stored = Baseline.read(other) if other.suffix == ".json" else None
+    if stored is not None and any(each.max_worse is not None for each in asked.quality.values()):
+        raise UsageError("A baseline's file holds no answers to compare with.", fix="Give --against an engine.")
+    checks = [gate.proven(Artifact.open(engine, "engine").manifest.receipts.get("parity"))] if asked.parity else []
+    checks += _sizes(engine, stored or other, asked)
+    speeds = _speeds(engine, stored or other, asked, corpus)
+    checks += [*speeds.checks, *_qualities(engine, None if stored else other, asked, allow_code_execution)]
+    if output is not None:
+        _write(Path(output), checks, asked, speeds, force=force)
+    return Gated(
+        verdict=gate.verdict(checks),
+        checks=tuple(checks),
+        pairs=len(speeds.pairs),
+        disturbed=speeds.disturbed,
+        seconds=speeds.seconds,
+        path=None if output is None else Path(output),
+    )
+
+
+def _write(out: Path, checks: list[Check], asked: Gates, speeds: Timed, *, force: bool) -> None:
+    about = {
+        "gates": asked.model_dump(mode="json"),
+        "environment": environment(),
+        "timed": speeds.model_dump(mode="json", exclude={"checks"}),
+    }
+    with artifact.create(out, "report", force=force) as draft:
+        verdict_files.write(checks, draft.path, about)
+
+
+def noise(engine: str | Path, *, config: str | Path | Gates, corpus: str = "python-stdlib") -> Noise:
+    """Measure an engine against itself, until the gates' budget is spent or there are enough pairs.
+
+    Raises:
+        FlabcError: see ``flabc.errors``.
+    """
+    require("scipy", "eval")
+    asked = config if isinstance(config, Gates) else gates.load(Path(config))
+    kept: list[Pair] = []
+    disturbed, began = 0, time.monotonic()
+    with measured_pairs(Path(engine), Path(engine), asked.workload, prompts(corpus, asked.workload)) as pairs:
+        while len(kept) < STORED_PAIRS and (time.monotonic() - began < asked.budget_s or len(kept) < LOOKS[0]):
+            pair = next(pairs)
+            quiet = pair.foreign_cores <= asked.max_foreign_cores
+            kept += [pair] if quiet else []
+            disturbed += not quiet
+    return Noise(rises=gate.noise(kept, asked), limits=dict(asked.speed), pairs=len(kept), disturbed=disturbed)
+
+
+def baseline(
+    engine: str | Path, output: str | Path, *, config: str | Path | Gates, corpus: str = "python-stdlib"
+) -> Baseline:
+    """Measure an engine for later, and write the file to commit.
+
+    Raises:
+        FlabcError: see ``flabc.errors``.
+    """
+    asked = config if isinstance(config, Gates) else gates.load(Path(config))
+    texts = prompts(corpus, asked.workload)
+    made = measure_baseline(Path(engine), asked.workload, texts, pairs=STORED_PAIRS, most=asked.max_foreign_cores)
+    Path(output).write_text(made.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return made
+
+
+def prompts(corpus: str, workload: Workload) -> list[str]:
+    """Held-out texts that are long enough for a prompt."""
+    from flabc import api
+
+    return api.prompt_texts(corpus, workload)
+
+
+@contextmanager
+def _pairs(engine: Path, against: Path | Baseline, asked: Gates, corpus: str) -> Iterator[Iterator[Pair]]:
+    if isinstance(against, Baseline):
+        with stored_pairs(engine, against, prompts(corpus, against.workload)) as pairs:
+            yield pairs
+    else:
+        with measured_pairs(engine, against, asked.workload, prompts(corpus, asked.workload)) as pairs:
+            yield pairs
+
+
+def _speeds(engine: Path, against: Path | Baseline, asked: Gates, corpus: str) -> Timed:
+    if not asked.speed:
+        return Timed(checks=(), pairs=())
+    with _pairs(engine, against, asked, corpus) as pairs:
+        return gate.timed(pairs, asked, time.monotonic)
+
+
+def _sizes(engine: Path, against: Path | Baseline, asked: Gates) -> list[Check]:
+    if not asked.size:
+        return []
+    found = _counted(engine, asked.workload)
+    before = against.sizes if isinstance(against, Baseline) else _counted(against, asked.workload)
+    return [gate.sized(name, found[name], before[name], UNITS[name], rise) for name, rise in asked.size.items()]
+
+
+def _counted(engine: Path, workload: Workload) -> dict[str, float]:
+    from flabc.runtime.measure.bench import opened
+
+    with opened(engine, workload) as process:
+        process.run("x = 1\n" * workload.prompt_tokens, workload)  # memory is what serving needs
+        return sizes_of(process)
+
+
+def _qualities(engine: Path, against: Path | None, asked: Gates, allowed: bool) -> list[Check]:
+    from flabc import api
+
+    checks: list[Check] = []
+    for task, wanted in asked.quality.items():
+        options: dict[str, Any] = {"task": task, "corpus": wanted.corpus, "limit": wanted.limit}
+        evaluated = api.evaluate(engine, EvalOptions(**options, allow_code_execution=allowed), baseline=against)
+        checks += gate.graded(task, evaluated.rows[0], wanted)
+    return checks
