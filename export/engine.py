@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,13 @@ PRECISIONS: dict[str, tuple[str, ...]] = {"onnx": tuple(KNOWN), "onnx-standard":
 
 
 def write(
-    checkpoint: Path, spec: ModelSpec, out: Path, target: str = "onnx", precision: Precision = KNOWN["fp32"]
+    checkpoint: Path,
+    spec: ModelSpec,
+    out: Path,
+    target: str = "onnx",
+    precision: Precision = KNOWN["fp32"],
+    *,
+    cache_length: int | None = None,
 ) -> None:
     """Write graphs, weights, tokenizer and configs into ``out``.
 
@@ -59,6 +66,7 @@ def write(
         out: a folder that exists.
         target: one of ``DIALECTS``.
         precision: what it computes in, and how matrices are stored.
+        cache_length: fixes how long the cache of ``onnx-standard`` is, for runtimes that must know it.
 
     Raises:
         ModelError: if the graph cannot be built for this model, or a tensor is missing.
@@ -66,6 +74,8 @@ def write(
     weights = CheckpointWeights(checkpoint, spec)
     known = architecture(spec, read_json(checkpoint / "config.json"))
     dialect, dtype = DIALECTS[target], DTYPES[precision.compute]
+    if cache_length is not None:
+        dialect = partial(StandardDialect, places=cache_length)
     model = build(Graph(spec, known, weights, precision), dialect(spec, dtype))
     total = len(model.graph.initializers)
     with progress("writing weights", total) as advance:
@@ -77,7 +87,7 @@ def write(
     for name in COPIED:
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, out / name)
-    if dialect is not OnnxRuntimeDialect:
+    if target != "onnx":
         return
     generation = read_json(checkpoint / "generation_config.json") or read_json(checkpoint / "config.json")
     write_json(out / "genai_config.json", genai_config(spec, generation))

@@ -115,11 +115,12 @@ class Backend(Protocol):
 BACKENDS = {
     "onnxruntime": "flabc.runtime.backends.ort:open_backend",
     "onnxruntime-static": "flabc.runtime.backends.static_cache:open_backend",
+    "tensorrt": "flabc.runtime.backends.tensorrt_engine:open_backend",
     "torch": "flabc.runtime.backends.reference:open_backend",
 }
 
 #: Which backend runs an engine that was exported to a target.
-RUNS = {"onnx": "onnxruntime", "onnx-standard": "onnxruntime-static"}
+RUNS = {"onnx": "onnxruntime", "onnx-standard": "onnxruntime-static", "tensorrt": "tensorrt"}
 
 
 def open_backend(name: str, folder: Path, spec: ModelSpec, limits: Limits) -> Backend:

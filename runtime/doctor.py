@@ -24,7 +24,7 @@ EXTRAS = {
     "export": ("onnx", "onnx-ir", "onnxscript", "ml-dtypes"),
     "report": ("matplotlib",),
     "gpu": ("onnxruntime-gpu", "nvidia-ml-py"),
-    "tensorrt": ("tensorrt", "polygraphy"),
+    "tensorrt": ("tensorrt", "polygraphy", "cuda-bindings"),
 }
 
 #: Processor features that decide how fast matrices are multiplied, as Linux names them.

@@ -43,7 +43,7 @@ def cache_names(spec: ModelSpec) -> list[str]:
     return [f"{i}.{kind}" for i, layer in enumerate(spec.layers) if layer.has_attention for kind in ("key", "value")]
 
 
-def cache_value(prefix: str, name: str, length: str, spec: ModelSpec, dtype: ir.DataType) -> ir.Value:
+def cache_value(prefix: str, name: str, length: str | int, spec: ModelSpec, dtype: ir.DataType) -> ir.Value:
     """A layer's keys or values as an input or output of the graph, (B, KV heads, length, H)."""
     heads = spec.layers[int(name.split(".")[0])].num_key_value_heads
     return value(f"{prefix}.{name}", dtype, ("batch", heads, length, spec.head_dim))

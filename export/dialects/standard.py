@@ -32,16 +32,19 @@ class StandardDialect:
 
     opsets: Mapping[str, int] = MappingProxyType({"": 24})
 
-    def __init__(self, spec: ModelSpec, dtype: ir.DataType = ir.DataType.FLOAT) -> None:
+    def __init__(self, spec: ModelSpec, dtype: ir.DataType = ir.DataType.FLOAT, places: int | None = None) -> None:
+        """Inputs and outputs; ``places`` fixes the length of the cache, else whoever runs the graph chooses it."""
+        length = places or PLACES
         self._begin = value(WRITE_INDICES, ir.DataType.INT64, ("batch",))
         self._counts = value(TOKEN_COUNTS, ir.DataType.INT64, ("batch",))
-        self._past = {name: cache_value("past_key_values", name, PLACES, spec, dtype) for name in cache_names(spec)}
-        self._present = {name: cache_value("present", name, PLACES, spec, dtype) for name in cache_names(spec)}
+        self._past = {name: cache_value("past_key_values", name, length, spec, dtype) for name in cache_names(spec)}
+        self._present = {name: cache_value("present", name, length, spec, dtype) for name in cache_names(spec)}
 
     @property
     def inputs(self) -> list[ir.Value]:
-        """Where the new tokens go, how many they are, and the cache of every layer that attends."""
-        return [self._begin, self._counts, *self._past.values()]
+        """Where the new tokens go, how many they are if that matters, and the cache of every layer that attends."""
+        counts = [self._counts] if self._counts.uses() else []  # a scoring graph picks no last token
+        return [self._begin, *counts, *self._past.values()]
 
     @property
     def outputs(self) -> list[ir.Value]:
@@ -52,7 +55,7 @@ class StandardDialect:
         """Positions of the new tokens, and for each type of layer its angles and what its tokens see."""
         zero, one = graph.constant("zero", np.array(0)), graph.constant("one", np.array(1))
         length = graph.op("Shape", ids, start=1, end=2)
-        steps = graph.op("Range", zero, graph.op("Squeeze", length), one)  # (S,)
+        steps = graph.op("Range", zero, _scalar(graph, length), one)  # (S,)
         last_axis = graph.constant("last_axis", np.array([-1]))
         positions = graph.op("Add", graph.op("Unsqueeze", self._begin, last_axis), steps)  # (B, S)
         kinds = dict.fromkeys(graph.architecture.layer_types)
@@ -68,7 +71,7 @@ class StandardDialect:
         """Whether a new token attends to a place of the cache, (B, 1, S, M): those up to itself, within the window."""
         zero, one = graph.constant("zero", np.array(0)), graph.constant("one", np.array(1))
         length = graph.op("Shape", next(iter(self._past.values())), start=2, end=3)
-        places = graph.op("Range", zero, graph.op("Squeeze", length), one)  # (M,)
+        places = graph.op("Range", zero, _scalar(graph, length), one)  # (M,)
         rows = graph.op("Unsqueeze", positions, graph.constant("around_rows", np.array([1, 3])))  # (B, 1, S, 1)
         seen = graph.op("LessOrEqual", places, rows)
         window = graph.architecture.windows[kind]
@@ -125,3 +128,8 @@ class StandardDialect:
         index = graph.op("Sub", self._counts, graph.constant("one", np.array(1)))
         picked = graph.op("GatherND", x, graph.op("Unsqueeze", index, last_axis), batch_dims=1)  # (B, D)
         return graph.op("Unsqueeze", picked, graph.constant("row_axis", np.array([1])))
+
+
+def _scalar(graph: Graph, one: ir.Value) -> ir.Value:
+    """The only number of a vector, (1,) to (). TensorRT wants the axis named."""
+    return graph.op("Squeeze", one, graph.constant("first_axis", np.array([0])))

@@ -7,6 +7,7 @@ then writes in place.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from flabc.errors import require
 from flabc.runtime.backend import Ids, Limits, Logits
 from flabc.spec import ModelSpec
 
+from .fixed_cache import FixedCache
 from .ort import cache_dtype, check_dtype, new_cache, open_graph
 
 
@@ -31,55 +33,34 @@ def open_backend(folder: Path, spec: ModelSpec, limits: Limits) -> StaticCacheBa
     return StaticCacheBackend(folder, spec, limits)
 
 
-class StaticCacheBackend:
+class StaticCacheBackend(FixedCache):
     """An engine with a static cache in ONNX Runtime. See ``Backend`` for the contract."""
 
     name = "onnxruntime-static"
 
     def __init__(self, folder: Path, spec: ModelSpec, limits: Limits) -> None:
         check_dtype(limits)
-        self.spec, self.limits, self._folder = spec, limits, folder
+        self.spec, self._folder = spec, folder
         self._runtime = require("onnxruntime", "cpu")
         self._session = open_graph(folder / GRAPH, limits)
+        places = _places(self._session, limits.max_length)
+        super().__init__(replace(limits, max_length=min(limits.max_length, places)), places)
         self._dtype = cache_dtype(self._session)
-        self._cache = new_cache(spec, limits.max_batch, limits.max_length, self._dtype)
-        self._lengths = np.zeros(0, np.int64)
+        self._cache = new_cache(spec, limits.max_batch, places, self._dtype)
 
     @cached_property
     def _scorer(self) -> Any:
         return open_graph(self._folder / SCORING_GRAPH, self.limits)
 
-    def start(self, batch: int) -> None:
-        """Forget all sequences and begin ``batch`` new ones."""
-        self.limits.check_batch(batch)
-        self._lengths = np.zeros(batch, np.int64)
-
-    def extend(self, ids: Ids, counts: Ids) -> Logits:
-        """Append tokens to every sequence; (B, S) and (B,) in, (B, V) out."""
-        logits = self._run(0, ids, counts, self._lengths)
-        self._lengths = self._lengths + counts
-        return logits
-
-    def join(self, ids: Ids, counts: Ids) -> Logits:
-        """Let new sequences join behind those that are running."""
-        running = len(self._lengths)
-        self.limits.check_batch(running + len(ids))
-        logits = self._run(running, ids, counts, np.zeros(len(ids), np.int64))
-        self._lengths = np.concatenate([self._lengths, counts])
-        return logits
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these sequences only, in this order."""
-        chosen = list(rows)
-        self._lengths = self._lengths[chosen]
-        used = int(self._lengths.max(initial=0))
+    def _move(self, moves: Sequence[tuple[int, int]], used: int) -> None:
+        to, source = (list(places) for places in zip(*moves, strict=True))
         for buffer in self._cache.values():
-            buffer[: len(chosen), :, :used] = buffer[chosen, :, :used]
+            buffer[to, :, :used] = buffer[source, :, :used]
 
     def score(self, ids: Ids) -> Logits:
         """Logits at every position of fresh sequences, (B, S, V)."""
         rows, length = ids.shape
-        empty = new_cache(self.spec, rows, length, self._dtype)
+        empty = new_cache(self.spec, rows, _places(self._scorer, length), self._dtype)
         feeds = {f"past_key_values.{name}": buffer for name, buffer in empty.items()}
         counts = {"write_indices": np.zeros(rows, np.int64), "token_counts": np.full(rows, length)}
         wanted = {given.name for given in self._scorer.get_inputs()}  # the last token is not picked, nor is it counted
@@ -88,13 +69,7 @@ class StaticCacheBackend:
         scores: Logits = logits
         return scores
 
-    def _run(self, first: int, ids: Ids, counts: Ids, begin: Ids) -> Logits:
-        """Write tokens of the rows from ``first`` on behind what each has; logits after each row's last."""
-        self.limits.check_length(int((begin + counts).max()))
-        if int(begin.max()) + ids.shape[1] > self.limits.max_length:  # padding would be written behind the cache
-            alone = (np.arange(len(ids))[:, None], ids[:, None], counts[:, None], begin[:, None])
-            parts = zip(*alone, strict=True)
-            return np.concatenate([self._run(first + int(r[0]), i[:, : int(c[0])], c, b) for r, i, c, b in parts])
+    def _step(self, first: int, ids: Ids, counts: Ids, begin: Ids) -> Logits:
         binding = self._session.io_binding()
         for name, buffer in self._cache.items():
             value = self._runtime.OrtValue.ortvalue_from_numpy(buffer[first : first + len(ids)])
@@ -106,3 +81,10 @@ class StaticCacheBackend:
         self._session.run_with_iobinding(binding)
         logits: Logits = binding.get_outputs()[len(self._cache)].numpy()
         return logits[:, -1].copy()  # the next run writes to the same memory
+
+
+def _places(session: Any, wanted: int) -> int:
+    """How long the cache is: what the graph fixes, as TensorRT needs it, or else what is wanted."""
+    shapes = [given.shape for given in session.get_inputs() if given.name.startswith("past_key_values.")]
+    fixed = shapes[0][2] if shapes else None
+    return fixed if isinstance(fixed, int) else wanted

@@ -33,10 +33,24 @@ SCHEMA_VERSION = 1
 #: In an engine: the graph that serves, and the one that gives logits at every position, on the same weights.
 GRAPH, SCORING_GRAPH = "model.onnx", "score.onnx"
 
-#: Packages whose version can change a result.
-_RECORDED = ("flabc", "gguf", "numpy", "onnx", "onnx-ir", "onnxruntime", "tokenizers", "torch", "transformers")
+#: For TensorRT: what it builds of these two graphs, and how.
+ENGINE, SCORING_ENGINE, BUILD_PLAN = "model.plan", "score.plan", "build_plan.json"
 
-#: An ``engine`` runs in ONNX Runtime, a ``gguf`` in llama.cpp.
+#: Packages whose version can change a result.
+_RECORDED = (
+    "flabc",
+    "gguf",
+    "numpy",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime",
+    "tensorrt",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
+
+#: An ``engine`` runs in ONNX Runtime or TensorRT, a ``gguf`` in llama.cpp.
 Kind = Literal["checkpoint", "engine", "gguf", "report"]
 
 

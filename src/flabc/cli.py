@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from flabc import __version__
+from flabc.commands.build_options import build_flags, take_build_options
 from flabc.commands.gate import gate
-from flabc.errors import FlabcError, UnknownNameError, UsageError
+from flabc.errors import NOT_BUILT, FlabcError, UnknownNameError, UsageError
 
 if TYPE_CHECKING:
     from flabc.api import Compressed, Diff, Inspection
@@ -191,11 +192,11 @@ def _tried(candidate: Candidate) -> str:
 @cli.command()
 @click.argument("checkpoint", required=False)
 @click.option("-o", "--output", type=click.Path(), help="The engine folder to write.")
-@click.option("--target", help="What to make: onnx, onnx-standard, or gguf for llama.cpp.  [default: onnx]")
+@click.option("--target", help="What to make: onnx, onnx-standard, tensorrt, or gguf for llama.cpp.  [default: onnx]")
 @click.option(
     "--precision",
     help="fp32, fp16 or bf16; for onnx also int8, int4, or auto: the fastest here; for gguf fp16, fp32, bf16 or int8. "
-    " [default: the first]",
+    " [default: the first; for tensorrt fp16]",
 )
 @click.option(
     "--kl-bound",
@@ -210,6 +211,7 @@ def _tried(candidate: Candidate) -> str:
 )
 @click.option("--embedding", help="Of int8 or int4: the embedding in int4, int8 or full.  [default: int8]")
 @click.option("--head", help="The output matrix likewise; stored once if it is the embedding's.  [default: int8]")
+@build_flags
 @TIE
 @FORCE
 @json_option
@@ -226,13 +228,15 @@ def export(
 ) -> None:
     """Turn CHECKPOINT, or any dense model, into an engine folder or a GGUF, proven against torch.
 
-    Beside a flabc.yaml and without arguments, both the pruned and the dense engine are made.
+    Beside a flabc.yaml and without arguments, both the pruned and the dense engine are made. Where an engine for
+    TensorRT cannot be built, graph and build plan are written and the exit code is 3.
 
     \b
     flabc export pruned -o engine
     flabc export smollm2-135m -o dense-engine
     flabc export pruned -o small-engine --precision int4 --block-size 128
     flabc export pruned --target gguf --precision bf16 -o for-llama-cpp
+    flabc export pruned --target tensorrt --max-batch 4 -o for-tensorrt
     """
     from flabc import api
     from flabc.export.precision import Storage
@@ -247,7 +251,8 @@ def export(
     if precision is None and target in (None, project.target):  # the project's is meant for its target
         precision = project.precision
     target = target or project.target
-    how: dict[str, Any] = {"target": target, "precision": precision, "storage": Storage(**details)}
+    build = take_build_options(details)
+    how: dict[str, Any] = {"target": target, "precision": precision, "storage": Storage(**details), "build": build}
     done = [api.export(str(source), out, **how, kl_bound=kl_bound, tie=tie, force=force) for source, out in jobs]
     data = done[0] if checkpoint else {"engines": [result.model_dump(mode="json") for result in done]}
 
@@ -259,6 +264,10 @@ def export(
             click.echo(f"{result.path}: {size}; {_agreement(result.parity)}")
 
     emit(as_json, data, show)
+    if unbuilt := [result for result in done if result.missing]:
+        for result in unbuilt:
+            click.echo(f"{result.path}: no TensorRT engine was built: {result.missing}", err=True)
+        click.get_current_context().exit(NOT_BUILT)
 
 
 @cli.command()

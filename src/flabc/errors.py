@@ -14,6 +14,8 @@
     └── SandboxError           model-written code that cannot be run safely
 
 A message says what was expected, what was found, and what to do, in one paragraph.
+
+Exit code 3 is no error: what was asked for is written but for the part that this machine cannot make (NOT_BUILT).
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ import difflib
 import importlib
 from collections.abc import Iterable
 from types import ModuleType
+
+#: The exit code of an export whose engine is still to be built elsewhere.
+NOT_BUILT = 3
 
 
 class FlabcError(Exception):

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flabc import artifact
 from flabc.artifact import MANIFEST, Artifact, Draft, Manifest
@@ -18,6 +18,9 @@ from flabc.result import Result
 from flabc.runtime.measure.result import Sample, Workload
 from flabc.spec import ModelSpec
 from flabc.targets import Job, Target, model_folder, target_named
+
+if TYPE_CHECKING:
+    from flabc.export.tensorrt_plan import BuildOptions
 
 #: The precision that is found by measuring.
 AUTO = "auto"
@@ -63,6 +66,12 @@ class Exported(Result):
     parity: dict[str, Any]
     candidates: tuple[Candidate, ...] = ()
 
+    @property
+    def missing(self) -> str | None:
+        """Why the engine has not been built and how it can be, though all else was written; None if it is whole."""
+        reason: str | None = self.parity.get("tensorrt", {}).get("missing")
+        return reason
+
 
 def export(
     model: str | Path,
@@ -74,27 +83,33 @@ def export(
     kl_bound: float = KL_BOUND,
     tie: bool = False,
     force: bool = False,
+    build: BuildOptions | None = None,
 ) -> Exported:
     """Turn a checkpoint, or any dense model of a known family, into what serves, and prove it against torch.
 
     Args:
         model: a checkpoint folder, or whatever ``compress`` takes as a model.
         output: the folder to write.
-        target: ``onnx``, for ONNX Runtime; ``onnx-standard``, in operators of the ONNX standard alone; or ``gguf``, for
-            llama.cpp, if all layers are equal and whole.
+        target: ``onnx``, for ONNX Runtime; ``onnx-standard``, in operators of the ONNX standard alone; ``tensorrt``,
+            the same with an engine built of it where there is a GPU; or ``gguf``, for llama.cpp, if all layers are
+            equal and whole.
         precision: ``fp32`` (the default), ``fp16``, ``bf16``, and for ``onnx`` ``int8``, ``int4`` and ``auto``, the
-            fastest on this machine; for ``gguf`` ``fp16`` (the default), ``fp32``, ``bf16`` or ``int8``.
+            fastest on this machine; for ``tensorrt`` and ``gguf`` ``fp16`` is the default, and ``gguf`` has ``int8``.
         storage: details of ``int8`` and ``int4``.
         kl_bound: for ``auto``, the most that the engine may differ from the model, KL in nats per token.
         tie: as for ``compress``.
         force: replace a folder that is not empty.
+        build: for ``tensorrt`` alone, how it is built.
+
+    Returns:
+        what was written; its ``missing`` says if a TensorRT engine could not be built on this machine.
 
     Raises:
         ParityError: if the result's answers differ from torch's; no folder is written then.
         FlabcError: see ``flabc.errors``.
     """
     artifact.check_free(output, force=force)
-    chosen, out = target_named(target), Path(output)
+    chosen, out = target_named(target, build), Path(output)
     if precision == AUTO and target not in CANDIDATES:
         raise UsageError(f"{target} has no candidates to choose from.", expected=", ".join(CANDIDATES))
     name = precision if precision == AUTO else chosen.precision(precision)

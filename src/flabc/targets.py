@@ -20,6 +20,7 @@ from flabc.spec import ModelSpec
 
 if TYPE_CHECKING:
     from flabc.export.parity import Parity
+    from flabc.export.tensorrt_plan import BuildOptions
     from flabc.runtime.text import TextCodec
 
 
@@ -103,8 +104,7 @@ def _onnx(target: str) -> Target:
 
         stored = precision_named(job.precision, job.storage)
         engine.write(job.checkpoint, job.spec, job.out, target, stored)
-        proof = _prove_twin if stored.compute == "bf16" else _prove
-        return proof(job, target, stored) | {"stored": asdict(stored)}
+        return _prove_graph(job, target, stored) | {"stored": asdict(stored)}
 
     return Target("engine", precision, make)
 
@@ -140,27 +140,58 @@ def _make_gguf(job: Job) -> dict[str, Any]:
     return _prove_gguf(file, folder, spec, job.precision, length) | {"stored": stored}
 
 
+def _tensorrt(options: BuildOptions | None = None) -> Target:
+    def precision(name: str | None) -> str:
+        require("onnx_ir", "export")
+        from flabc import tensorrt_target
+
+        return _choice(name, tensorrt_target.precisions())
+
+    def make(job: Job) -> dict[str, Any]:
+        from flabc import tensorrt_target
+
+        return tensorrt_target.make(job, options, prove_graph=_prove_graph, prove_engine=_prove)
+
+    return Target("engine", precision, make)
+
+
 TARGETS = {
     "onnx": _onnx("onnx"),
     "onnx-standard": _onnx("onnx-standard"),
+    "tensorrt": _tensorrt(),
     "gguf": Target("gguf", _gguf_precision, _make_gguf),
 }
 
 
-def target_named(name: str) -> Target:
+def target_named(name: str, options: BuildOptions | None = None) -> Target:
     """The target of that name.
+
+    Args:
+        name: a key of ``TARGETS``.
+        options: for ``tensorrt`` alone, how it is built.
 
     Raises:
         UnknownNameError: if there is none.
+        UsageError: if there are options that it does not have.
     """
     if name not in TARGETS:
         raise UnknownNameError("target", name, TARGETS)
-    return TARGETS[name]
+    if options is None:
+        return TARGETS[name]
+    if name != "tensorrt":
+        flags = ", ".join(f"--{field.replace('_', '-')}" for field in sorted(options.model_fields_set))
+        raise UsageError(f"{flags} is for TensorRT.", expected="--target tensorrt", found=f"--target {name}")
+    return _tensorrt(options)
 
 
-def _prove(job: Job, target: str, stored: Precision) -> dict[str, Any]:
+def _prove_graph(job: Job, target: str, stored: Precision) -> dict[str, Any]:
+    """Compare a draft's graph in ONNX Runtime with torch, in the way that its precision can be run."""
+    return (_prove_twin if stored.compute == "bf16" else _prove)(job, target, stored)
+
+
+def _prove(job: Job, target: str, stored: Precision, max_batch: int | None = None) -> dict[str, Any]:
     """Compare an engine that is still a draft with torch on the checkpoint it was made from."""
-    return _compare(job.out, job, target, stored)
+    return _compare(job.out, job, target, stored, max_batch)
 
 
 def _prove_twin(job: Job, target: str, stored: Precision) -> dict[str, Any]:
@@ -173,7 +204,8 @@ def _prove_twin(job: Job, target: str, stored: Precision) -> dict[str, Any]:
         return _compare(Path(folder), job, target, stored) | {"computed_in": "fp32"}
 
 
-def _compare(engine: Path, job: Job, target: str, stored: Precision) -> dict[str, Any]:
+def _compare(engine: Path, job: Job, target: str, stored: Precision, max_batch: int | None = None) -> dict[str, Any]:
+    """The receipt of an engine that holds ``max_batch`` sequences, or as many as are asked for."""
     require("torch", "compress")
     from flabc.export import parity
     from flabc.runtime.backend import RUNS, Limits, open_backend
@@ -186,7 +218,7 @@ def _compare(engine: Path, job: Job, target: str, stored: Precision) -> dict[str
             expected=f"at least {length}",
             found=str(job.spec.max_position_embeddings),
         )
-    limits = Limits(max_batch=len(parity.LENGTHS), max_length=length)
+    limits = Limits(max_batch=min(len(parity.LENGTHS), max_batch or len(parity.LENGTHS)), max_length=length)
     candidate = open_backend(RUNS[target], engine, job.spec, limits)
     reference = open_backend("torch", job.checkpoint, job.spec, limits)
     text = Path(parity.__file__).read_text(encoding="utf-8")  # code, and always at hand

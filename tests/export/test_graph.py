@@ -138,7 +138,8 @@ def places_of(graph: Path) -> dict[str, dict[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("choice", "problem"), [({"precision": "int3"}, "Known: fp32"), ({"target": "onx"}, "Did you mean 'onnx'")]
+    ("choice", "problem"),
+    [({"precision": "int3"}, "Did you mean 'int8'|'int4'"), ({"target": "onx"}, "Did you mean 'onnx'")],
 )
 def test_an_unknown_target_or_precision_is_refused(
     any_tiny: Path, tmp_path: Path, choice: dict[str, str], problem: str

@@ -1,0 +1,384 @@
+"""TensorRT: built engines, with the KV cache in the GPU's memory, written where it lies.
+
+An engine has a profile for prompts and one for single tokens, each with a context of its own. A written cache has the
+address of the cache that was given. NVIDIA, TensorRT documentation: "KV Cache", "Working with Dynamic Shapes",
+"Refitting an Engine"; CUDA Python, ``cuda.bindings.runtime``. Tested over a stand-in alone: no GPU was at hand.
+
+Letters in shape comments: B sequences, S new tokens, M places in the cache, H head_dim, V vocab_size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from flabc.artifact import BUILD_PLAN, ENGINE, GRAPH, SCORING_ENGINE, SCORING_GRAPH
+from flabc.errors import EngineError, require
+from flabc.runtime.backend import Ids, Limits, Logits
+from flabc.spec import ModelSpec
+
+from .fixed_cache import FixedCache
+from .ort import check_dtype
+
+Array = npt.NDArray[Any]
+
+#: The engine's profiles, as they were built.
+PREFILL, DECODE = 0, 1
+
+#: TensorRT's types by name, and numpy's. bfloat16, which numpy does not have, comes as its bits.
+TYPES: dict[str, type[np.generic]] = {
+    "FLOAT": np.float32,
+    "HALF": np.float16,
+    "BF16": np.uint16,
+    "INT32": np.int32,
+    "INT64": np.int64,
+}
+
+#: What the address of a binding must be a multiple of.
+ALIGNMENT = 256
+
+
+class Memory(Protocol):
+    """A GPU's memory, and a stream on which copies and engines run one after another."""
+
+    stream: int
+
+    def allocate(self, size: int) -> int:
+        """The address of so many bytes, all zero."""
+        ...
+
+    def free(self, address: int) -> None:
+        """Give back what was allocated there."""
+        ...
+
+    def upload(self, address: int, array: Array) -> None:
+        """Copy an array to an address."""
+        ...
+
+    def download(self, address: int, array: Array) -> None:
+        """Copy from an address into an array; returns when it is there."""
+        ...
+
+    def copy(self, to: int, source: int, size: int) -> None:
+        """Copy bytes from one address to another."""
+        ...
+
+
+class CudaMemory:
+    """``Memory`` through CUDA's runtime. What was not freed goes when the process ends.
+
+    Raises:
+        MissingExtraError: if cuda-bindings is not installed.
+        EngineError: if there is no GPU, or not enough memory.
+    """
+
+    def __init__(self) -> None:
+        self._cuda = require("cuda.bindings.runtime", "tensorrt")
+        self._stream = self._do(self._cuda.cudaStreamCreate())
+        self.stream = int(self._stream)
+
+    def allocate(self, size: int) -> int:
+        """The address of so many bytes, all zero: what a mask hides must be numbers too."""
+        address = int(self._do(self._cuda.cudaMalloc(max(size, 1))))
+        self._do(self._cuda.cudaMemsetAsync(address, 0, size, self._stream))
+        return address
+
+    def free(self, address: int) -> None:
+        """Give back what was allocated there."""
+        self._do(self._cuda.cudaFree(address))
+
+    def upload(self, address: int, array: Array) -> None:
+        """Copy an array to an address."""
+        self._copy(address, array.ctypes.data, array.nbytes, self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice)
+        self._wait()  # the array may go
+
+    def download(self, address: int, array: Array) -> None:
+        """Copy from an address into an array; returns when it is there."""
+        self._copy(array.ctypes.data, address, array.nbytes, self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+        self._wait()
+
+    def copy(self, to: int, source: int, size: int) -> None:
+        """Copy bytes from one address to another."""
+        self._copy(to, source, size, self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice)
+
+    def _copy(self, to: int, source: int, size: int, kind: Any) -> None:
+        self._do(self._cuda.cudaMemcpyAsync(to, source, size, kind, self._stream))
+
+    def _wait(self) -> None:
+        self._do(self._cuda.cudaStreamSynchronize(self._stream))
+
+    def _do(self, result: tuple[Any, ...]) -> Any:
+        error, *values = result
+        if error != self._cuda.cudaError_t.cudaSuccess:
+            raise EngineError(f"CUDA says: {self._cuda.cudaGetErrorString(error)[1].decode()}.")
+        return values[0] if values else None
+
+
+class Bound:
+    """An engine with a context for each of its profiles, and memory for what goes in and out beside the cache.
+
+    Args:
+        engine: an ``ICudaEngine``.
+        memory: where it runs.
+    """
+
+    def __init__(self, engine: Any, memory: Memory) -> None:
+        self._engine, self._memory = engine, memory
+        names = [engine.get_tensor_name(at) for at in range(engine.num_io_tensors)]
+        self.inputs = [name for name in names if engine.get_tensor_mode(name).name == "INPUT"]
+        self._names = frozenset(names)
+        self._contexts = [self._context(at) for at in range(engine.num_optimization_profiles)]
+        self._buffers: dict[str, tuple[int, int]] = {}  # address and size
+
+    def _context(self, profile: int) -> Any:
+        context = self._engine.create_execution_context()
+        if context is None or not context.set_optimization_profile_async(profile, self._memory.stream):
+            raise EngineError(f"TensorRT cannot make a context for profile {profile}.", fix="Free memory of the GPU.")
+        return context
+
+    def largest(self, name: str, profile: int) -> tuple[int, ...]:
+        """The largest shape of an input that a profile allows."""
+        return tuple(self._engine.get_tensor_profile_shape(name, profile)[2])
+
+    def kind(self, name: str) -> type[np.generic]:
+        """Numpy's type for a tensor."""
+        return TYPES[self._engine.get_tensor_dtype(name).name]
+
+    def run(
+        self, profile: int, arrays: Mapping[str, Array], caches: Mapping[str, tuple[int, tuple[int, ...]]]
+    ) -> Logits:
+        """Run the engine once.
+
+        Args:
+            profile: which of its contexts.
+            arrays: what goes in, by name; those that the engine does not ask for are left out.
+            caches: address and shape of every layer's keys and values, by ``LAYER.key`` and ``LAYER.value``.
+
+        Returns:
+            the logits, (B, S, V) or (B, 1, V).
+        """
+        context = self._contexts[profile]
+        for name, array in arrays.items():
+            if name in self._names:
+                given = np.ascontiguousarray(array, self.kind(name))
+                address = self._address(name, given.nbytes)
+                self._memory.upload(address, given)
+                self._bind(context, name, address, given.shape)
+        for cache, (address, shape) in caches.items():
+            self._bind(context, f"past_key_values.{cache}", address, shape)
+            self._bind(context, f"present.{cache}", address)  # written in place
+        logits = np.empty(tuple(context.get_tensor_shape("logits")), self.kind("logits"))
+        address = self._address("logits", logits.nbytes)
+        self._bind(context, "logits", address)
+        if not context.execute_async_v3(self._memory.stream):
+            raise EngineError("TensorRT could not run the engine; its own message is above.")
+        self._memory.download(address, logits)
+        return _in_float32(logits)
+
+    def _bind(self, context: Any, name: str, address: int, shape: tuple[int, ...] | None = None) -> None:
+        if shape is not None and not context.set_input_shape(name, shape):
+            raise EngineError(f"The engine does not take {name} of shape {shape}.")
+        if address % ALIGNMENT or not context.set_tensor_address(name, address):
+            raise EngineError(f"{name} cannot lie at the address {address:#x}.")
+
+    def _address(self, name: str, size: int) -> int:
+        """Memory for a tensor, kept for the next run if it is large enough."""
+        address, room = self._buffers.get(name, (0, 0))
+        if room < size:
+            if room:
+                self._memory.free(address)
+            address = self._memory.allocate(size)
+            self._buffers[name] = (address, size)
+        return address
+
+
+def _in_float32(logits: Array) -> Logits:
+    """Float32 from what an engine gives; bfloat16's bits are the upper half of float32's."""
+    if logits.dtype == np.uint16:
+        return (logits.astype(np.uint32) << 16).view(np.float32)
+    return logits.astype(np.float32, copy=False)
+
+
+class Cache:
+    """Keys and values of every layer that attends, (rows, KV heads, M, H) each, in a GPU's memory.
+
+    Args:
+        spec: the model's shapes.
+        memory: where they lie.
+        rows: of how many sequences.
+        places: M.
+        itemsize: bytes of a number.
+    """
+
+    def __init__(self, spec: ModelSpec, memory: Memory, rows: int, places: int, itemsize: int) -> None:
+        self._memory = memory
+        self._shapes = {
+            f"{index}.{kind}": (layer.num_key_value_heads, places, spec.head_dim)
+            for index, layer in enumerate(spec.layers)
+            if layer.has_attention
+            for kind in ("key", "value")
+        }
+        self._bytes = {name: itemsize * int(np.prod(shape)) for name, shape in self._shapes.items()}  # of a row
+        self._at = {name: memory.allocate(rows * size) for name, size in self._bytes.items()}
+        self._rows = rows
+
+    def rows(self, first: int, count: int) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """Address and shape of some rows of every layer's keys and values."""
+        return {
+            name: (self._at[name] + first * self._bytes[name], (count, *shape)) for name, shape in self._shapes.items()
+        }
+
+    @cached_property
+    def _aside(self) -> int:
+        """Room for all rows of a layer's keys or values."""
+        return self._memory.allocate(self._rows * max(self._bytes.values(), default=0))
+
+    def move(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Copy rows, all at once: moves are (to, from). They go by way of memory aside, as they may overlap."""
+        for name, size in self._bytes.items():
+            for at, (_, source) in enumerate(moves):
+                self._memory.copy(self._aside + at * size, self._at[name] + source * size, size)
+            for at, (to, _) in enumerate(moves):
+                self._memory.copy(self._at[name] + to * size, self._aside + at * size, size)
+
+
+def open_backend(folder: Path, spec: ModelSpec, limits: Limits) -> TensorRtBackend:
+    """Open an engine folder.
+
+    Raises:
+        MissingExtraError: if TensorRT or cuda-bindings is not installed.
+        EngineError: if the engine was not built, there is no GPU, or TensorRT refuses the engine.
+    """
+    check_dtype(limits)
+    built = folder / ENGINE
+    if not built.is_file():
+        raise EngineError(
+            f"{folder} holds a graph and a plan for TensorRT, but no engine: {ENGINE} has not been built.",
+            fix="Run flabc export --target tensorrt on a machine with an NVIDIA GPU and pip install 'flabc[tensorrt]'.",
+        )
+    plan = json.loads((folder / BUILD_PLAN).read_text(encoding="utf-8"))
+    memory = CudaMemory()
+    loader = Loader(folder, plan["options"])
+    return TensorRtBackend(spec, limits, memory, loader)
+
+
+class Loader:
+    """Reads built engines, and puts weights back into stripped ones.
+
+    Args:
+        folder: of the engines and their graphs.
+        options: of the plan that they were built by.
+    """
+
+    def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
+        self._tensorrt = require("tensorrt", "tensorrt")
+        self._folder, self._options = folder, options
+        self._logger = self._tensorrt.Logger(self._tensorrt.Logger.WARNING)
+        self._runtime = self._tensorrt.Runtime(self._logger)
+        if options["version_compatible"]:
+            self._runtime.engine_host_code_allowed = True  # such a plan carries its own lean runtime
+
+    def load(self, engine: str, graph: str) -> Any:
+        """An ``ICudaEngine``.
+
+        Raises:
+            EngineError: if TensorRT refuses it, or its weights.
+        """
+        loaded = self._runtime.deserialize_cuda_engine((self._folder / engine).read_bytes())
+        if loaded is None:
+            raise EngineError(
+                f"TensorRT cannot load {self._folder / engine}; its own message is above.",
+                fix="An engine runs on the kind of GPU and the version of TensorRT it was built with, unless it was "
+                "exported with --hardware-compatible or --version-compatible.",
+            )
+        if self._options["strip_weights"]:
+            self._refit(loaded, self._folder / graph)
+        return loaded
+
+    def _refit(self, engine: Any, graph: Path) -> None:
+        refitter = self._tensorrt.Refitter(engine, self._logger)
+        parser = self._tensorrt.OnnxParserRefitter(refitter, self._logger)
+        # An engine without its weights runs and says nothing but noughts.
+        if not parser.refit_from_file(str(graph)) or not refitter.refit_cuda_engine():
+            raise EngineError(f"TensorRT cannot put the weights of {graph} into the engine.")
+
+
+class Engines(Protocol):
+    """What opens built engines, as ``Loader`` does."""
+
+    def load(self, engine: str, graph: str) -> Any:
+        """The ``ICudaEngine`` of that name, with the weights of a graph."""
+        ...
+
+
+class TensorRtBackend(FixedCache):
+    """A built engine. See ``Backend`` for the contract.
+
+    Args:
+        spec: the model's shapes.
+        limits: how much may be held; never longer than the engine's cache.
+        memory: where it runs.
+        engines: opens the engines.
+
+    Raises:
+        EngineError: if the engine was built for fewer sequences.
+    """
+
+    name = "tensorrt"
+
+    def __init__(self, spec: ModelSpec, limits: Limits, memory: Memory, engines: Engines) -> None:
+        self.spec, self._memory, self._engines = spec, memory, engines
+        self._bound = Bound(engines.load(ENGINE, GRAPH), memory)
+        batch, max_input = self._bound.largest("input_ids", PREFILL)
+        if limits.max_batch > batch:
+            raise EngineError(
+                f"Room for {limits.max_batch} sequences was asked for.",
+                expected=f"at most {batch}, for which the engine was built",
+                fix="Ask for fewer, or export with a larger --max-batch.",
+            )
+        places = _places(self._bound, limits.max_length)
+        super().__init__(replace(limits, max_length=min(limits.max_length, places)), places, max_input)
+        self._cache = self._new_cache(self._bound, limits.max_batch, places)
+
+    def _new_cache(self, bound: Bound, rows: int, places: int) -> Cache:
+        names = [name for name in bound.inputs if name.startswith("past_key_values.")]
+        itemsize = np.dtype(bound.kind(names[0])).itemsize if names else 0
+        return Cache(self.spec, self._memory, rows, places, itemsize)
+
+    def _step(self, first: int, ids: Ids, counts: Ids, begin: Ids) -> Logits:
+        profile = DECODE if ids.shape[1] == 1 else PREFILL
+        arrays = {"input_ids": ids, "write_indices": begin, "token_counts": counts}
+        return self._bound.run(profile, arrays, self._cache.rows(first, len(ids)))[:, -1]
+
+    def _move(self, moves: Sequence[tuple[int, int]], used: int) -> None:
+        self._cache.move(moves)
+
+    @cached_property
+    def _scorer(self) -> tuple[Bound, Cache]:
+        bound = Bound(self._engines.load(SCORING_ENGINE, SCORING_GRAPH), self._memory)
+        return bound, self._new_cache(bound, 1, self._places)
+
+    def score(self, ids: Ids) -> Logits:
+        """Logits at every position of fresh sequences, (B, S, V), one sequence at a time."""
+        self.limits.check_length(ids.shape[1])
+        bound, cache = self._scorer
+        begin = np.zeros(1, np.int64)
+        counts = np.array([ids.shape[1]])
+        rows = (
+            bound.run(0, {"input_ids": row[None], "write_indices": begin, "token_counts": counts}, cache.rows(0, 1))
+            for row in ids
+        )
+        return np.concatenate(list(rows))
+
+
+def _places(bound: Bound, wanted: int) -> int:
+    """How long the engine's cache is; as long as wanted if it has none."""
+    caches = [name for name in bound.inputs if name.startswith("past_key_values.")]
+    return bound.largest(caches[0], PREFILL)[2] if caches else wanted

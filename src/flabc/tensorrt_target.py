@@ -1,0 +1,60 @@
+"""How a model is exported for TensorRT: graph and plan always, rules and CPU first, the engine where there is a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flabc.export.tensorrt_plan import BuildOptions
+    from flabc.targets import Job
+
+#: Compares a draft with torch: see ``flabc.targets``.
+Prove = Callable[..., dict[str, Any]]
+
+#: The target whose graph TensorRT gets, with a cache of fixed length.
+GRAPH_TARGET = "onnx-standard"
+
+
+def precisions() -> list[str]:
+    """What can be exported and TensorRT computes in, the default first."""
+    from flabc.export import engine, tensorrt_plan
+
+    known = engine.PRECISIONS[GRAPH_TARGET]
+    return [name for name in tensorrt_plan.PRECISIONS if name in known]
+
+
+def make(job: Job, options: BuildOptions | None, *, prove_graph: Prove, prove_engine: Prove) -> dict[str, Any]:
+    """Write and prove what TensorRT builds, and build it if this machine can.
+
+    Args:
+        job: what is exported.
+        options: how TensorRT builds; None for the defaults.
+        prove_graph: compares the graph in ONNX Runtime with torch.
+        prove_engine: compares what was built with torch.
+
+    Returns:
+        the receipt: of the built engine if it was built, else of the ONNX file; what was done is under ``tensorrt``.
+
+    Raises:
+        ModelError: if the graph breaks a rule of TensorRT's, or the model is too short.
+        ParityError: if the ONNX file or the built engine does not say what torch says.
+        EngineError: if TensorRT cannot build.
+    """
+    from flabc.export import engine, parity, tensorrt_engine, tensorrt_plan, tensorrt_rules
+    from flabc.export.precision import precision_named
+
+    stored, least = precision_named(job.precision, job.storage), max(parity.LENGTHS) + parity.STEPS
+    plan = tensorrt_plan.plan(job.spec, job.precision, options or tensorrt_plan.BuildOptions(), least_length=least)
+    engine.write(job.checkpoint, job.spec, job.out, GRAPH_TARGET, stored, cache_length=plan.max_length)
+    for built in plan.engines:
+        tensorrt_rules.check(job.out / built.graph)
+    plan.write(job.out)
+    receipt = prove_graph(job, GRAPH_TARGET, stored) | {"stored": asdict(stored)}
+    missing = tensorrt_engine.missing()
+    if missing is not None:
+        return receipt | {"tensorrt": {"built": False, "missing": f"{missing}. {tensorrt_engine.HOW}"}}
+    tensorrt_engine.build(job.out, plan)
+    proof = prove_engine(job, "tensorrt", stored, plan.options.max_batch)
+    return proof | {"tensorrt": {"built": True, "graph": receipt}}
