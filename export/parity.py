@@ -1,8 +1,8 @@
 """Parity: does the engine say what the reference says?
 
-The engine and the reference are handed in; this module only compares. Both answer prompts of several lengths, one
-by one and as a ragged batch, and are led step by step along the reference's own greedy path, so that one difference
-does not hide those behind it.
+The reference is asked first, then the engine the same, so that no more than one is in memory. Both answer prompts of
+several lengths, one by one and as a ragged batch, and are led step by step along the reference's own greedy path, so
+that one difference does not hide those behind it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from flabc.errors import ParityError
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.float64]
 
 #: Tokens of the greedy continuation.
 STEPS = 64
@@ -103,42 +104,102 @@ BOUNDS: dict[str, dict[str, Any]] = {
 }
 
 
-def check(
-    engine: Answers, reference: Answers, text_ids: Sequence[int], *, max_batch: int, precision: str = "fp32"
-) -> Parity:
-    """Compare an engine with its reference.
+@dataclass(frozen=True)
+class Turn:
+    """One call of a model, and what it said. B sequences, S tokens, V vocab_size.
+
+    Args:
+        ids: (B, S).
+        counts: how many of each row are real, (B,); None where every position was scored.
+        begins: whether ``ids`` begin new sequences.
+        greedy: whether it is a step of the greedy continuation.
+        logits: (n, V).
+    """
+
+    ids: Ids
+    counts: Ids | None
+    begins: bool
+    greedy: bool
+    logits: Logits
+
+
+def listen(reference: Answers, text_ids: Sequence[int], *, max_batch: int) -> list[Turn]:
+    """What a model says of prompts of several lengths, alone and as a ragged batch, and on its own greedy path.
+
+    Two models are compared by ``listen`` to the one and ``check`` of the other, with no more than one in memory.
+
+    Args:
+        reference: what an engine was exported from.
+        text_ids: token ids of real text, at least ``sum(LENGTHS)`` of them: prompts are cut from it.
+        max_batch: sequences that both can hold at once.
+    """
+    cuts = np.cumsum([0, *LENGTHS])
+    prompts = [np.array([text_ids[begin:end]], np.int64) for begin, end in pairwise(cuts)]
+    turns: list[Turn] = []
+
+    def call(ids: Ids, counts: Ids | None, *, begins: bool = False, greedy: bool = False) -> Logits:
+        turn = Turn(ids, counts, begins, greedy, np.empty(0, np.float32))
+        turns.append(replace(turn, logits=_answer(reference, turn)))
+        return turns[-1].logits
+
+    with progress("asking torch", 2 * len(prompts) + 2) as advance:
+        for prompt in prompts:
+            call(prompt, None)
+            advance(1)
+            call(prompt, np.array([prompt.shape[1]]), begins=True)
+            advance(1)
+        rows, counts = _padded(prompts[:max_batch])
+        logits = call(rows, counts, begins=True)
+        for _ in range(4):
+            logits = call(logits.argmax(-1)[:, None], np.ones(len(rows), np.int64))
+        advance(1)
+        logits = call(prompts[2], np.array([prompts[2].shape[1]]), begins=True, greedy=True)
+        for _ in range(STEPS - 1):
+            logits = call(logits.argmax(-1)[:, None], np.array([1]), greedy=True)
+        advance(1)
+    return turns
+
+
+def check(engine: Answers, turns: Sequence[Turn], *, precision: str = "fp32") -> Parity:
+    """Ask an engine what its reference was asked, and compare.
 
     Args:
         engine: what was exported.
-        reference: what it was exported from.
-        text_ids: token ids of real text, at least ``sum(LENGTHS)`` of them: prompts are cut from it.
-        max_batch: sequences that both can hold at once.
+        turns: what ``listen`` heard of what it was exported from.
         precision: of the engine, a key of ``BOUNDS``.
 
     Raises:
         ParityError: if the engine is out of bounds; the message has the figures.
     """
-    prompts, at = [], 0
-    for length in LENGTHS:
-        prompts.append(np.array([text_ids[at : at + length]], np.int64))
-        at += length
     pairs: list[tuple[Logits, Logits]] = []
-    with progress("comparing the engine with torch", 2 * len(prompts) + 2) as advance:
-        for prompt in prompts:
-            pairs.append((reference.score(prompt)[0], engine.score(prompt)[0]))
+    with progress("comparing the engine with torch", len(turns)) as advance:
+        for turn in turns:
+            pairs.append((turn.logits, _answer(engine, turn)))
             advance(1)
-            pairs.append(_one(engine, reference, prompt))
-            advance(1)
-        pairs += _ragged(engine, reference, prompts[:max_batch])
-        advance(1)
-        steps = _greedy(engine, reference, prompts[2])
-        advance(1)
-    parity = _measure([*pairs, *steps])
-    parity = replace(parity, greedy_steps=len(steps), **BOUNDS[precision])
+    steps = [pair for turn, pair in zip(turns, pairs, strict=True) if turn.greedy]
+    parity = replace(_measure(pairs), greedy_steps=len(steps), **BOUNDS[precision])
     parity.greedy_mismatches = sum(_differ(a[0], b[0], parity.tolerance or 0.0) for a, b in steps)
     if not parity.holds:
         raise _out_of_bounds(parity, precision)
     return parity
+
+
+def _answer(model: Answers, turn: Turn) -> Logits:
+    if turn.counts is None:
+        scores: Logits = model.score(turn.ids)[0]
+        return scores
+    if turn.begins:
+        model.start(len(turn.ids))
+    return model.extend(turn.ids, turn.counts)
+
+
+def _padded(prompts: Sequence[Ids]) -> tuple[Ids, Ids]:
+    """Prompts of (1, S) each as one batch padded behind, and how many tokens of each row are real."""
+    counts = np.array([prompt.shape[1] for prompt in prompts])
+    ids = np.zeros((len(prompts), int(counts.max())), np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, : prompt.shape[1]] = prompt[0]
+    return ids, counts
 
 
 def _out_of_bounds(parity: Parity, precision: str) -> ParityError:
@@ -205,53 +266,27 @@ def reread(model: Answers, expected: Sequence[tuple[Ids, Logits]], *, tolerance:
     return parity
 
 
-def _one(engine: Answers, reference: Answers, prompt: Ids) -> tuple[Logits, Logits]:
-    """One prompt, prefill only."""
-    counts = np.array([prompt.shape[1]])
-    return _both(engine, reference, 1, prompt, counts)
-
-
-def _both(engine: Answers, reference: Answers, batch: int | None, ids: Ids, counts: Ids) -> tuple[Logits, Logits]:
-    if batch is not None:
-        reference.start(batch)
-        engine.start(batch)
-    return reference.extend(ids, counts), engine.extend(ids, counts)
-
-
-def _ragged(engine: Answers, reference: Answers, prompts: Sequence[Ids]) -> list[tuple[Logits, Logits]]:
-    """All prompts as one batch padded behind, then four steps with the cache."""
-    counts = np.array([prompt.shape[1] for prompt in prompts])
-    ids = np.zeros((len(prompts), int(counts.max())), np.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, : prompt.shape[1]] = prompt[0]
-    pairs = [_both(engine, reference, len(prompts), ids, counts)]
-    for _ in range(4):
-        chosen = pairs[-1][0].argmax(-1)[:, None]
-        pairs.append(_both(engine, reference, None, chosen, np.ones(len(prompts), np.int64)))
-    return pairs
-
-
-def _greedy(engine: Answers, reference: Answers, prompt: Ids) -> list[tuple[Logits, Logits]]:
-    """Both led along the reference's greedy path."""
-    pairs = [_one(engine, reference, prompt)]
-    for _ in range(STEPS - 1):
-        chosen = pairs[-1][0].argmax(-1)[:, None]
-        pairs.append(_both(engine, reference, None, chosen, np.array([1])))
-    return pairs
-
-
 def _measure(pairs: Sequence[tuple[Logits, Logits]]) -> Parity:
-    expected = np.concatenate([a for a, _ in pairs]).astype(np.float64)  # (n, V)
-    found = np.concatenate([b for _, b in pairs]).astype(np.float64)
+    """A few positions at a time: in float64 all of them would need more memory than the model."""
+    largest = max(float(np.abs(a).max()) for a, _ in pairs)
+    rows = [_compared(a.astype(np.float64), b.astype(np.float64)) for a, b in pairs]
+    worst, absolute, kl, same = (np.concatenate(column) for column in zip(*rows, strict=True))
+    return Parity(
+        positions=len(kl),
+        max_relative=float(worst.max() / largest),
+        mean_absolute=float(absolute.mean()),
+        kl=float(kl.mean()),
+        top1_agreement=float(same.mean()),
+    )
+
+
+def _compared(expected: Floats, found: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+    """Of each position the largest and the mean difference, the KL, and whether the best agree: (n, V) to (n,)."""
     difference = np.abs(expected - found)
     p, q = _log_softmax(expected), _log_softmax(found)
-    return Parity(
-        positions=len(expected),
-        max_relative=float(np.nan_to_num(difference, nan=np.inf).max() / np.abs(expected).max()),
-        mean_absolute=float(difference.mean()),
-        kl=float((np.exp(p) * (p - q)).sum(-1).mean()),
-        top1_agreement=float((expected.argmax(-1) == found.argmax(-1)).mean()),
-    )
+    kl = (np.exp(p) * (p - q)).sum(-1)
+    same = (expected.argmax(-1) == found.argmax(-1)).astype(np.float64)
+    return np.nan_to_num(difference, nan=np.inf).max(-1), difference.mean(-1), kl, same
 
 
 def _differ(expected: Logits, found: Logits, tolerance: float) -> bool:
@@ -261,7 +296,7 @@ def _differ(expected: Logits, found: Logits, tolerance: float) -> bool:
     return best != chosen and lead > tolerance * float(np.abs(expected).max())
 
 
-def _log_softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _log_softmax(logits: Floats) -> Floats:
     shifted = logits - logits.max(-1, keepdims=True)
-    result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    result: Floats = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return result

@@ -219,11 +219,13 @@ def _compare(engine: Path, job: Job, target: str, stored: Precision, max_batch: 
             found=str(job.spec.max_position_embeddings),
         )
     limits = Limits(max_batch=min(len(parity.LENGTHS), max_batch or len(parity.LENGTHS)), max_length=length)
-    candidate = open_backend(RUNS[target], engine, job.spec, limits)
-    reference = open_backend("torch", job.checkpoint, job.spec, limits)
     text = Path(parity.__file__).read_text(encoding="utf-8")  # code, and always at hand
     ids = TextCodec(job.checkpoint).encode_plain(text)
-    return parity.check(candidate, reference, ids, max_batch=limits.max_batch, precision=stored.coarsest).receipt()
+    reference = open_backend("torch", job.checkpoint, job.spec, limits)
+    turns = parity.listen(reference, ids, max_batch=limits.max_batch)
+    del reference  # the engine needs its memory
+    candidate = open_backend(RUNS[target], engine, job.spec, limits)
+    return parity.check(candidate, turns, precision=stored.coarsest).receipt()
 
 
 def _prove_gguf(file: Path, folder: Path, spec: ModelSpec, precision: str, length: int) -> dict[str, Any]:

@@ -41,6 +41,10 @@ def opened(folder: Path) -> OrtBackend:
     return backend
 
 
+def heard(model: parity.Answers) -> list[parity.Turn]:
+    return parity.listen(model, IDS, max_batch=4)
+
+
 def parity_config(folder: Path) -> dict[str, Any]:
     import json
 
@@ -48,7 +52,7 @@ def parity_config(folder: Path) -> dict[str, Any]:
 
 
 def test_a_model_agrees_with_itself(tiny_engine: Path) -> None:
-    found = parity.check(opened(tiny_engine), opened(tiny_engine), IDS, max_batch=4)
+    found = parity.check(opened(tiny_engine), heard(opened(tiny_engine)))
     assert found.holds
     assert found.max_relative == 0
     assert found.greedy_steps == parity.STEPS
@@ -72,14 +76,14 @@ def best_and_second_swapped(logits: Any) -> Any:
 @pytest.mark.parametrize("bend", [off_by_a_thousandth, not_a_number, best_and_second_swapped])
 def test_a_bent_engine_is_caught(tiny_engine: Path, bend: Any) -> None:
     with pytest.raises(ParityError, match="No folder was written"):
-        parity.check(Bent(opened(tiny_engine), bend), opened(tiny_engine), IDS, max_batch=4)
+        parity.check(Bent(opened(tiny_engine), bend), heard(opened(tiny_engine)))
 
 
 def test_a_scoring_graph_alone_that_is_wrong_is_caught(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Bent(opened(tiny_engine), not_a_number)
     monkeypatch.setattr(engine, "extend", engine.inner.extend)
     with pytest.raises(ParityError, match="a difference of inf, 0 of 64 tokens"):
-        parity.check(engine, opened(tiny_engine), IDS, max_batch=4)
+        parity.check(engine, heard(opened(tiny_engine)))
 
 
 def test_a_tie_is_not_a_difference() -> None:
@@ -111,11 +115,11 @@ def test_a_swap_of_the_two_best_counts_only_if_one_was_clearly_better(lead: floa
     swapped = logits.copy()
     swapped[:, [7, 9]] = logits[:, [9, 7]]
     if holds:
-        found = parity.check(Table(swapped), Table(logits), IDS, max_batch=4)
+        found = parity.check(Table(swapped), heard(Table(logits)))
         assert (found.greedy_mismatches, found.top1_agreement) == (0, 0)
         return
     with pytest.raises(ParityError, match="64 of 64 tokens"):
-        parity.check(Table(swapped), Table(logits), IDS, max_batch=4)
+        parity.check(Table(swapped), heard(Table(logits)))
 
 
 def test_other_greedy_tokens_are_caught_even_within_the_tolerance() -> None:
@@ -125,7 +129,7 @@ def test_other_greedy_tokens_are_caught_even_within_the_tolerance() -> None:
     found[:, 7] -= 0.8e-3  # each logit is within 1e-4 of 10, but the order turns round
     found[:, 9] += 0.8e-3
     with pytest.raises(ParityError, match="64 of 64 tokens"):
-        parity.check(Table(found), Table(logits), IDS, max_batch=4)
+        parity.check(Table(found), heard(Table(logits)))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
