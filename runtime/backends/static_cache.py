@@ -6,7 +6,7 @@ then writes in place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from flabc.errors import require
 from flabc.runtime.backend import Ids, Limits, Logits
 from flabc.spec import ModelSpec
 
-from .ort import check_dtype, new_cache, open_graph
+from .ort import check_dtype, new_cache, open_graph, restore_row, save_row
 
 
 def open_backend(folder: Path, spec: ModelSpec, limits: Limits) -> StaticCacheBackend:
@@ -53,10 +53,11 @@ class StaticCacheBackend:
         self.limits.check_batch(batch)
         self._lengths = np.zeros(batch, np.int64)
 
-    def extend(self, ids: Ids, counts: Ids) -> Logits:
-        """Append tokens to every sequence; (B, S) and (B,) in, (B, V) out."""
-        logits = self._run(0, ids, counts, self._lengths)
-        self._lengths = self._lengths + counts
+    def extend(self, ids: Ids, counts: Ids, first: int = 0) -> Logits:
+        """Append tokens to the sequences from ``first`` on; (B, S) and (B,) in, (B, V) out."""
+        rows = slice(first, first + len(ids))
+        logits = self._run(first, ids, counts, self._lengths[rows])
+        self._lengths[rows] += counts
         return logits
 
     def join(self, ids: Ids, counts: Ids) -> Logits:
@@ -74,6 +75,16 @@ class StaticCacheBackend:
         used = int(self._lengths.max(initial=0))
         for buffer in self._cache.values():
             buffer[: len(chosen), :, :used] = buffer[chosen, :, :used]
+
+    def save(self, row: int, length: int) -> dict[str, Logits]:
+        """A copy of the keys and values of a sequence's first tokens, (KV heads, length, head_dim) each."""
+        return save_row(self._cache, row, length)
+
+    def restore(self, saved: Mapping[str, Logits], length: int) -> None:
+        """Let a sequence join that begins with the first tokens of one that was saved."""
+        self.limits.check_batch(len(self._lengths) + 1)
+        restore_row(self._cache, len(self._lengths), saved, length)
+        self._lengths = np.append(self._lengths, length)
 
     def score(self, ids: Ids) -> Logits:
         """Logits at every position of fresh sequences, (B, S, V)."""
