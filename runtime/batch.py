@@ -12,7 +12,7 @@ from itertools import islice
 
 import numpy as np
 
-from flabc.errors import EngineError, FlabcError, UsageError
+from flabc.errors import CancelledError, EngineError, FlabcError, UsageError
 
 from .answer import Generation
 from .backend import Backend, Ids, Logits
@@ -90,6 +90,10 @@ class Job:
         except Exception as error:  # a tokenizer's, or of whoever listens
             self.fail(EngineError(f"The answer could not be written: {error}"))
 
+    def cancel(self) -> None:
+        """End because nobody waits for the answer any more; its place is free within a step."""
+        self.fail(CancelledError("The request was cancelled."))
+
     def fail(self, error: FlabcError) -> None:
         """End without a whole answer; safe from any thread, and of no effect on a job that has ended."""
         if self.ended:
@@ -125,8 +129,9 @@ class Batch:
 
     @property
     def rows(self) -> list[Job]:
-        """The job of each of the backend's rows."""
-        return [*self.running, *([self.filling] if self.filling else [])]
+        """The job of each of the backend's rows; any thread may ask."""
+        filling = self.filling
+        return [*self.running, filling] if filling else list(self.running)
 
     def step(self) -> list[Job]:
         """Give every running sequence one more token, and as many prompt tokens as may be computed between.
@@ -163,7 +168,7 @@ class Batch:
             joining = self._next()
             if not joining:
                 return False
-            if len(joining) > 1 or not self._begin(joining[0]):
+            if len(joining) > 1 or not self._restore(joining[0]):
                 self._join(joining)
                 return True
         self._fill()
@@ -192,26 +197,25 @@ class Batch:
             self._prefixes.find(job.prompt_ids)
         )
 
-    def _begin(self, job: Job) -> bool:
-        """Let a prompt join whose beginning is known, or that is longer than a step may take; False if neither."""
+    def _restore(self, job: Job) -> bool:
+        """Let a prompt join with what is known of its beginning; False if nothing is."""
         found = self._prefixes.find(job.prompt_ids) if self._prefixes else None
-        if found is not None:
-            saved, job.reused = found
-            self._backend.restore(saved, job.reused)
-            job.filled = job.reused
-        elif len(job.prompt_ids) > self._prefill_tokens:
-            job.filled = self._prefill_tokens
-            self._backend.join(*_padded([job.prompt_ids[: job.filled]]))
-        else:
+        if found is None:
             return False
+        self._backend.restore(*found)
+        job.filled = job.reused = found[1]
         self.filling, self._joining = job, []
         return True
 
     def _join(self, jobs: Sequence[Job]) -> None:
-        """Compute whole prompts at once."""
-        logits = self._backend.join(*_padded([job.prompt_ids for job in jobs]))
-        self.running += jobs
+        """Compute whole prompts at once, or the first piece of a long one."""
+        logits = self._backend.join(*_padded([job.prompt_ids[: self._prefill_tokens] for job in jobs]))
         self._joining = []
+        if len(jobs[0].prompt_ids) > self._prefill_tokens:
+            (self.filling,) = jobs
+            self.filling.filled = self._prefill_tokens
+            return
+        self.running += jobs
         for job, row in zip(jobs, logits, strict=True):
             job.filled = len(job.prompt_ids)
             self._save(job)
