@@ -113,9 +113,14 @@ class Scheduler:
         return Load(len(rows), max(0, self._live - len(rows)), used)
 
     @property
+    def alive(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread.is_alive()
+
+    @property
     def accepting(self) -> bool:
         """Whether jobs are accepted."""
-        return self._accepting and self._thread.is_alive()
+        return self._accepting and self.alive
 
     def drain(self, timeout_s: float | None = None) -> bool:
         """Accept no more; wait until those accepted have ended. Whether they did in time."""

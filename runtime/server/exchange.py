@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,8 @@ class Exchange:
     """
 
     def __init__(self, scheduler: Scheduler, asked: Sequence[tuple[list[int], SamplingParams | None]]) -> None:
+        #: Each prompt once, however many answers it has.
+        self.prompt_tokens = sum(map(len, {id(ids): ids for ids, _ in asked}.values()))
         self._scheduler, self._loop = scheduler, asyncio.get_running_loop()
         self._pieces: asyncio.Queue[tuple[int, Chunk | FlabcError]] = asyncio.Queue()
         self._scores: list[Future[list[Token]]] = []
@@ -43,19 +45,15 @@ class Exchange:
             raise PromptError(str(error)) from error
 
     def submit(self, scored: Sequence[tuple[list[int], int]] = ()) -> None:
-        """Hand the jobs in, and texts to score, (token ids, most likely ones wanted): all or nothing.
+        """Hand the jobs in, and texts to score, (token ids, most likely ones wanted).
 
         Raises:
             QueueFullError: if too many others wait.
             ClosedError: if the server is shutting down.
         """
         self._scheduler.submit(list(self.jobs.values()))
-        try:
-            for ids, top in scored:
-                self._scores.append(self._scheduler.score(ids, top))
-        except FlabcError:
-            self.cancel()
-            raise
+        for ids, top in scored:
+            self._scores.append(self._scheduler.score(ids, top))
 
     async def scores(self) -> list[list[Token]]:
         """Log-probabilities of the texts that are scored."""
@@ -81,6 +79,15 @@ class Exchange:
             job.cancel()
         for score in self._scores:
             score.cancel()
+
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """Cancel if this block fails."""
+        try:
+            yield
+        except BaseException:  # the loop's own cancellation too
+            self.cancel()
+            raise
 
     @asynccontextmanager
     async def watched(self, receive: Any) -> AsyncIterator[None]:

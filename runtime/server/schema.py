@@ -101,12 +101,7 @@ class Body(BaseModel):
 class CompletionBody(Body):
     """A request to ``/v1/completions``."""
 
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1)]
-        | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1)]
-    )
+    prompt: str | Annotated[list[str], Field(min_length=1)] | TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
@@ -115,7 +110,7 @@ class CompletionBody(Body):
         """The prompts, be they one or several, texts or token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt  # type: ignore[list-item,return-value]
+        return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt
 
 
 class Part(BaseModel):
