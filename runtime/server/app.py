@@ -29,7 +29,7 @@ from .reply import Reply
 from .schema import COMPLETION_TOKENS, Body, ChatBody, Completion, CompletionBody, Model, Models, Problem
 
 SAID: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+    200: {"content": {"text/event-stream": {}}},
     "4XX": {"model": Problem, "description": "The request cannot be answered as it is"},
     "5XX": {"model": Problem, "description": "The server cannot answer"},
 }

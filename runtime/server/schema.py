@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from flabc.errors import UsageError
 from flabc.runtime.sampling import MAX_LOGPROBS, SamplingParams
@@ -35,7 +35,19 @@ COMPLETION_TOKENS = 16
 #: OpenAI takes 0 for ``top_p``; the most likely token alone has more than this.
 LEAST_TOP_P = 1e-6
 
-Stop = Annotated[str, StringConstraints(max_length=1000)]
+
+def _characters(text: str) -> str:
+    """Refuse halves of surrogate pairs, which JSON can spell and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("Input should be valid Unicode") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_characters)]
+Stop = Annotated[Text, StringConstraints(max_length=1000)]
+Texts = Annotated[list[Text], Field(min_length=1)]
 TokenIds = Annotated[list[int], Field(min_length=1)]
 
 
@@ -50,7 +62,7 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    model: str
+    model: Text
     max_tokens: int | None = Field(None, ge=0)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
@@ -101,7 +113,9 @@ class Body(BaseModel):
 class CompletionBody(Body):
     """A request to ``/v1/completions``."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1)] | TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
+    prompt: (
+        Text | Annotated[list[Text], Field(min_length=1)] | TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
+    )
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
@@ -117,14 +131,14 @@ class Part(BaseModel):
     """A piece of a message's content."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(BaseModel):
     """A message. Only its role and its text reach the template."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
+    content: Text | list[Part] | None = None
 
     @property
     def plain(self) -> dict[str, str]:

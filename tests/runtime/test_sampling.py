@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from flabc.runtime.sampling import LIKELY, Sampler, SamplingParams, nucleus, penalised, processed, scored
+from flabc.runtime.sampling import Sampler, SamplingParams, nucleus, penalised, processed, scored
 
 logits = st.lists(st.floats(-20, 20), min_size=2, max_size=20).map(lambda some: np.array(some, np.float32))
 
@@ -58,7 +58,7 @@ def test_logits_are_processed_as_transformers_does(spread: float, change: dict[s
     given = {"do_sample": True, "top_k": 0, **change}
     seen = [3, 17, 17, 2999, 40]
     theirs = model._get_logits_processor(GenerationConfig(**given), input_ids_seq_length=len(seen))
-    raw = np.random.default_rng(4).normal(0, spread, 3 * LIKELY).astype(np.float32)
+    raw = np.random.default_rng(4).normal(0, spread, 3000).astype(np.float32)
     params = SamplingParams(**{"temperature": 1.0, **change})
     ours = processed(penalised(raw, set(seen), params.repetition_penalty), params)
     expected = theirs(torch.tensor([seen]), torch.from_numpy(raw.astype(np.float64))[None]).softmax(-1)[0].numpy()

@@ -27,7 +27,7 @@ from flabc.runtime.evaluate.task import EvalOptions
 from flabc.runtime.sampling import SamplingParams
 from flabc.runtime.session import Session
 
-from .test_harness import QUESTIONS, tasks  # noqa: F401
+from .test_harness import tasks  # noqa: F401
 
 PROMPT = "def fibonacci(n):\n    return"
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "print(1)?"}]
@@ -126,7 +126,7 @@ def test_completions_are_those_of_a_session(live: Live, session: Session) -> Non
     ids = session.codec.encode(PROMPT)
     expected = session.generate(PROMPT, SamplingParams(max_tokens=20))
     for prompt in (PROMPT, ids, [PROMPT], [ids]):
-        given = ask(model="tiny", prompt=prompt, max_tokens=20, temperature=0)  # type: ignore[call-overload]
+        given = ask(model="tiny", prompt=prompt, max_tokens=20, temperature=0)
         assert given.choices[0].text == expected.text
         assert given.choices[0].finish_reason == expected.finish_reason
         assert (given.usage.prompt_tokens, given.usage.completion_tokens) == (len(ids), len(expected.token_ids))
@@ -144,41 +144,30 @@ def test_a_chat_goes_through_the_models_template(live: Live, session: Session) -
         {"role": "user", "content": [{"type": "text", "text": "print"}, {"type": "text", "text": "(1)?"}]},
     ]
     for messages in (TALK, parts):
-        given = ask(model="tiny", messages=messages, max_completion_tokens=12, temperature=0)  # type: ignore[call-overload]
+        given = ask(model="tiny", messages=messages, max_completion_tokens=12, temperature=0)
         assert given.choices[0].message.content == expected.text
         assert given.usage.prompt_tokens == expected.prompt_tokens
-    whole = ask(model="tiny", messages=TALK, temperature=0)  # type: ignore[call-overload]
+    whole = ask(model="tiny", messages=TALK, temperature=0)
     assert whole.choices[0].message.content == session.generate(TALK, SamplingParams(max_tokens=LENGTH)).text
 
 
 def test_streams_joined_are_the_whole(live: Live) -> None:
-    client = live.client()
-    drawn: dict[str, Any] = {"model": "tiny", "max_tokens": 30, "temperature": 0.9, "seed": 5, "n": 2}
-    whole = client.completions.create(prompt=PROMPT, logprobs=2, echo=True, **drawn)
-    texts, tokens = ["", ""], list[list[Any]]([[], []])
-    usage = None
-    options = {"include_usage": True}
-    for piece in client.completions.create(
-        prompt=PROMPT, logprobs=2, echo=True, stream=True, stream_options=options, **drawn
-    ):
-        usage = piece.usage or usage
-        for choice in piece.choices:
-            texts[choice.index] += choice.text
-            given = choice.logprobs
-            tokens[choice.index] += (
-                zip(given.tokens, given.text_offset, given.token_logprobs[1:], strict=False) if given else []
-            )
-    assert texts == [choice.text for choice in whole.choices]
-    assert texts[0] != texts[1]
-    assert usage is not None
-    assert usage.completion_tokens == whole.usage.completion_tokens
-    for choice, streamed in zip(whole.choices, tokens, strict=True):
-        n = len(session_tokens(choice))
-        assert [token[0] for token in streamed][: n - 1] == choice.logprobs.tokens[: n - 1]
-
-
-def session_tokens(choice: Any) -> list[str]:
-    return list(choice.logprobs.tokens)
+    ask = live.client().completions.create
+    drawn: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 30, "temperature": 0.9, "seed": 5, "n": 2}
+    drawn |= {"logprobs": 2, "echo": True}
+    whole = ask(**drawn)
+    pieces = list(ask(stream=True, stream_options={"include_usage": True}, **drawn))
+    for n, choice in enumerate(whole.choices):
+        mine = [each for piece in pieces for each in piece.choices if each.index == n]
+        assert "".join(each.text for each in mine) == choice.text
+        assert mine[-1].finish_reason == choice.finish_reason
+        for name in ("tokens", "text_offset", "token_logprobs"):
+            given = [value for each in mine for value in getattr(each.logprobs, name)]
+            assert given == pytest.approx(getattr(choice.logprobs, name), abs=1e-4)
+    assert whole.choices[0].text != whole.choices[1].text
+    assert pieces[-1].choices == []
+    assert pieces[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert all(piece.usage is None for piece in pieces[:-1])
 
 
 def test_a_chats_stream_is_the_whole(live: Live) -> None:
@@ -211,8 +200,8 @@ def test_echo_tells_the_prompts_log_probabilities(live: Live, session: Session) 
         assert given.choices[0].text.startswith(PROMPT)
         np.testing.assert_allclose(
             told.token_logprobs[1 : len(ids)], logprobs[np.arange(len(ids) - 1), ids[1:]], atol=1e-3
-        )  # type: ignore[index,arg-type]
-        best = [max(top.values()) for top in told.top_logprobs[1 : len(ids)]]  # type: ignore[index]
+        )
+        best = [max(top.values()) for top in told.top_logprobs[1 : len(ids)]]
         np.testing.assert_allclose(best, logprobs[:-1].max(-1), atol=1e-3)
 
 
@@ -229,7 +218,7 @@ def test_a_seed_makes_an_answer_repeatable_in_any_company(live: Live, session: S
         return given.choices[0].text
 
     params = {"max_tokens": 40, "temperature": 1.2, "top_k": 40, "min_p": 0.01}
-    expected = [session.generate(PROMPT, SamplingParams(seed=seed, **params)).text for seed in range(12)]  # type: ignore[arg-type]
+    expected = [session.generate(PROMPT, SamplingParams(seed=seed, **params)).text for seed in range(12)]
     with ThreadPoolExecutor(12) as pool:
         assert list(pool.map(ask, range(12))) == expected
     assert len(set(expected)) > 1
@@ -261,7 +250,7 @@ def test_200_mixed_requests_are_answered_as_alone(folder: str, request: pytest.F
             return ["".join(piece.choices[0].text for piece in pieces)]
         if n % 4 == 1:
             talk = [{"role": "user", "content": prompts[0]}]
-            return [client.chat.completions.create(messages=talk, **drawn).choices[0].message.content or ""]  # type: ignore[call-overload]
+            return [client.chat.completions.create(messages=talk, **drawn).choices[0].message.content or ""]
         return [choice.text for choice in client.completions.create(prompt=prompts, **drawn).choices]
 
     cases = []
@@ -277,7 +266,7 @@ def test_200_mixed_requests_are_answered_as_alone(folder: str, request: pytest.F
     for (n, prompts, stop, wanted), said in zip(cases, found, strict=True):
         params = SamplingParams(max_tokens=wanted, stop=stop)
         asked = [[{"role": "user", "content": prompts[0]}]] if n % 4 == 1 else prompts
-        assert said == [session.generate(each, params).text for each in asked]  # type: ignore[arg-type]
+        assert said == [session.generate(each, params).text for each in asked]
 
 
 @pytest.mark.parametrize(
@@ -359,7 +348,7 @@ def test_metrics_count_what_was_done_and_logs_tell_no_prompts(live: Live, sessio
     }
     talk = [{"role": "user", "content": "a secret that nobody may read"}] * 3
     for _ in range(2):
-        live.client().chat.completions.create(model="tiny", messages=talk, max_tokens=7, temperature=0, stop="never")  # type: ignore[arg-type]
+        live.client().chat.completions.create(model="tiny", messages=talk, max_tokens=7, temperature=0, stop="never")
     assert live.settled()
     prompt = len(session.encode(talk))
     assert live.metric("generation_tokens_total") == before["generation_tokens_total"] + 14
@@ -369,7 +358,7 @@ def test_metrics_count_what_was_done_and_logs_tell_no_prompts(live: Live, sessio
     for name in ("time_to_first_token_seconds", "request_time_per_output_token_seconds", "request_queue_time_seconds"):
         assert live.metric(f"{name}_count") > 0
     lines = [json.loads(line) for line in live.log.read_text().splitlines()]
-    assert any(line.get("path") == "/v1/chat/completions" and line["completion_tokens"] == 7 for line in lines)
+    assert any(line.get("path") == "/v1/chat/completions" and line.get("completion_tokens") == 7 for line in lines)
     assert "secret" not in live.log.read_text()
     assert [live.get(path)[0] for path in ("/health", "/ready")] == [200, 200]
 
@@ -461,18 +450,12 @@ def test_killed_it_serves_again_after_a_start(tiny_engine: Path, tmp_path: Path)
     assert times[1] < 1.5 * times[0] + 2
 
 
+@pytest.mark.filterwarnings("default")  # what others warn of is theirs
 def test_lm_evals_own_client_gets_what_a_session_gives(live: Live, tiny_engine: Path, tasks: Path) -> None:  # noqa: F811
     options = EvalOptions(task="lm-eval:flabc_choice", data=tasks, tokenizer=tiny_engine, batch=2)
     over_http = api.evaluate(live.url, options).rows
     in_process = api.evaluate(tiny_engine, options).rows
     assert [row.target for row in over_http] == [row.target for row in in_process]
-    generated = api.evaluate(live.url, EvalOptions(task="lm-eval:flabc_generate", data=tasks, batch=4))
-    assert generated.rows[0].target.n == len(QUESTIONS)
-
-
-test_lm_evals_own_client_gets_what_a_session_gives = pytest.mark.filterwarnings("default")(  # what others warn of
-    test_lm_evals_own_client_gets_what_a_session_gives
-)
 
 
 def test_a_port_that_is_taken_is_told(live: Live, tiny_engine: Path) -> None:
