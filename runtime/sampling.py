@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 from .backend import Logits
@@ -18,9 +17,14 @@ from .backend import Logits
 #: Log-probabilities that may be asked for at each place, as OpenAI's API has it.
 MAX_LOGPROBS = 20
 
-#: Tokens that are by this many nats less likely than the most likely one are not drawn. All of them together have less
-#: probability than float32 logits are rounded by, and leaving them out saves most of the time that drawing takes.
-NEGLIGIBLE = 25.0
+#: Temperatures below this are this: float32 has hardly smaller numbers, and nothing but the most likely token is left.
+LEAST_TEMPERATURE = 1e-30
+
+#: A nucleus is looked for among tokens of at least this probability first: sorting a whole vocabulary takes long.
+LIKELY = (1e-3, 1e-5, 0.0)
+
+#: Weights that are summed before a draw looks among them: nobody needs the running sum over a whole vocabulary.
+BLOCK = 256
 
 
 class SamplingParams(BaseModel):
@@ -62,9 +66,6 @@ class Token(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
-Scores = npt.NDArray[np.float64]
-
-
 class Sampler:
     """Draws one sequence's tokens, with its own random state.
 
@@ -90,10 +91,7 @@ class Sampler:
             logits = penalised(logits, self._seen, self._params.repetition_penalty)
         if self._params.temperature == 0:
             return int(np.argmax(logits))
-        likely = np.flatnonzero(logits >= logits.max() - NEGLIGIBLE * self._params.temperature)
-        scores = processed(logits[likely], self._params)
-        cumulative = np.cumsum(np.exp(scores - scores.max()))
-        return int(likely[np.searchsorted(cumulative, self._rng.random() * cumulative[-1], side="right")])
+        return drawn(np.exp(processed(logits, self._params)), self._rng.random())
 
 
 def penalised(logits: Logits, seen: set[int], penalty: float) -> Logits:
@@ -104,27 +102,44 @@ def penalised(logits: Logits, seen: set[int], penalty: float) -> Logits:
     return changed
 
 
-def processed(logits: Logits, params: SamplingParams) -> Scores:
-    """Logits by temperature, top-k, top-p and min-p: -inf for what may not be drawn. (V,) in and out."""
+def processed(logits: Logits, params: SamplingParams) -> Logits:
+    """Logits by temperature, top-k, top-p and min-p: 0 for the most likely, -inf for what may not be drawn. (V,)."""
     with np.errstate(over="ignore"):  # almost no temperature: all but the most likely are out of reach
-        scores: Scores = (logits.astype(np.float64) - logits.max()) / params.temperature
+        scores: Logits = (logits - logits.max()) / np.float32(max(params.temperature, LEAST_TEMPERATURE))
     if 0 < params.top_k < len(scores):
         scores[scores < np.partition(scores, -params.top_k)[-params.top_k]] = -np.inf
     if params.top_p < 1:
         scores = nucleus(scores, params.top_p)
     if params.min_p > 0:
-        scores[scores < scores.max() + np.log(params.min_p)] = -np.inf
+        scores[scores < np.log(params.min_p)] = -np.inf
     return scores
 
 
-def nucleus(scores: Scores, top_p: float) -> Scores:
+def nucleus(scores: Logits, top_p: float) -> Logits:
     """Keep the smallest set of tokens whose probability reaches ``top_p`` (Holtzman et al., 2020). (V,) in and out."""
     weights = np.exp(scores - scores.max())
-    order = np.argsort(-weights, kind="stable")
-    needed = int(np.searchsorted(np.cumsum(weights[order]), top_p * weights.sum())) + 1
+    total = float(weights.sum(dtype=np.float64))
+    for share in LIKELY:
+        likely = np.flatnonzero(weights >= share * total)
+        if weights[likely].sum(dtype=np.float64) >= top_p * total:
+            break
+    order = likely[np.argsort(-weights[likely], kind="stable")]
+    needed = int(np.searchsorted(np.cumsum(weights[order], dtype=np.float64), top_p * total)) + 1
     kept = np.full_like(scores, -np.inf)
     kept[order[:needed]] = scores[order[:needed]]
     return kept
+
+
+def drawn(weights: Logits, at: float) -> int:
+    """The token on which a number from 0 up to 1 falls, where each is as wide as its weight. (V,) weights."""
+    edges = np.arange(0, len(weights), BLOCK)
+    blocks = np.cumsum(np.add.reduceat(weights, edges), dtype=np.float64)
+    block = min(int(np.searchsorted(blocks, at * blocks[-1], side="right")), len(blocks) - 1)
+    inside = np.cumsum(weights[edges[block] :][:BLOCK], dtype=np.float64)
+    rest = at * blocks[-1] - (blocks[block - 1] if block else 0.0)
+    # Sums of a block and running sums within it are rounded differently: what falls behind the last takes the last.
+    place = min(int(np.searchsorted(inside, rest, side="right")), int(np.searchsorted(inside, inside[-1])))
+    return int(edges[block]) + place
 
 
 def scored(logits: Logits, index: int, top: int) -> Token:

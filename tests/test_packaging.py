@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -67,6 +68,8 @@ def test_the_wheel_imports_without_the_tree(built: Path, tmp_path: Path) -> None
         ("flabc.api", {"torch", "transformers", "onnxruntime", "onnx_ir", "matplotlib"}),
         ("flabc.runtime.session", {"torch", "transformers"}),
         ("flabc.runtime.measure.worker", {"torch", "transformers"}),
+        ("flabc.runtime.server.process", {"torch", "transformers", "onnx_ir"}),
+        ("flabc.runtime.server.app", {"torch", "transformers", "onnx_ir"}),
         ("flabc.perf.report", {"torch", "matplotlib"}),
     ],
 )
@@ -80,6 +83,7 @@ def test_the_extras_of_a_serving_host_do_not_ask_for_torch() -> None:
     from importlib.metadata import requires
 
     wanted = requires("flabc") or []
-    core = [line for line in wanted if "extra ==" not in line or "'cpu'" in line]
+    core = [line for line in wanted if "extra ==" not in line or re.search(r"'(cpu|serve)'", line)]
     assert not any(line.startswith(("torch", "transformers")) for line in core)
     assert any(line.startswith("onnxruntime") for line in core)
+    assert any(line.startswith("uvicorn") for line in core)

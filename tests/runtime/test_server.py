@@ -22,6 +22,7 @@ import openai
 import pytest
 
 from flabc import api
+from flabc.perf.server_fuzz import fuzz
 from flabc.runtime.backend import Limits
 from flabc.runtime.evaluate.task import EvalOptions
 from flabc.runtime.sampling import SamplingParams
@@ -456,6 +457,14 @@ def test_lm_evals_own_client_gets_what_a_session_gives(live: Live, tiny_engine: 
     over_http = api.evaluate(live.url, options).rows
     in_process = api.evaluate(tiny_engine, options).rows
     assert [row.target for row in over_http] == [row.target for row in in_process]
+
+
+@pytest.mark.filterwarnings("default")  # what others warn of is theirs
+def test_generated_requests_get_what_the_document_promises(live: Live) -> None:
+    statuses = fuzz(live.url, "tiny", 200)
+    assert {200, 400, 404} <= set(statuses)
+    assert live.settled()
+    assert live.get("/ready")[0] == 200
 
 
 def test_a_port_that_is_taken_is_told(live: Live, tiny_engine: Path) -> None:
