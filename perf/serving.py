@@ -135,16 +135,17 @@ def soak(asked: argparse.Namespace) -> dict[str, Any]:
     """Twice as many clients as there are places and a queue for, asking without a pause: what was said, and memory."""
     batch = queue = CLIENTS // 2
     statuses: Counter[int] = Counter()
-    cut_off, deepest = Counter[str](), 0.0
-    with Server(asked.engine, "--max-batch", str(batch), "--max-queue", str(queue)) as server:
+    cut_off, most = Counter[str](), 0.0
+    options = ("--max-batch", str(batch), "--max-queue", str(queue), "--prefix-cache", "64MiB")
+    with Server(asked.engine, *options) as server:
         _rate(server, batch, 0, asked.tokens)
-        _soak(server, batch, min(30.0, 6 * asked.minutes), asked.tokens, Counter(), Counter())  # what grows once
+        _soak(server, batch, min(120.0, 30 * asked.minutes), asked.tokens, Counter(), Counter())  # what grows once
         before, end = server.rss_mib(), threading.Event()
 
         def watch() -> None:
-            nonlocal deepest
+            nonlocal most
             while not end.wait(1.0):
-                deepest = max(deepest, server.metric("num_requests_waiting"))
+                most = max(most, server.metric("num_requests_waiting") + server.metric("num_requests_running"))
 
         watcher = threading.Thread(target=watch)
         watcher.start()
@@ -159,7 +160,7 @@ def soak(asked: argparse.Namespace) -> dict[str, Any]:
         "max_queue": queue,
         "statuses": {str(status): count for status, count in sorted(statuses.items())},
         "answers_cut_off": cut_off["length"],
-        "deepest_queue": deepest,
+        "most_at_once": most,
         "rss_mib": {"before": before, "after": after, "ratio": round(after / before, 4)},
     }
 

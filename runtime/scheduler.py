@@ -135,17 +135,27 @@ class Scheduler:
             self._changed.notify_all()
         self._thread.join()
 
+    def check(self, count: int) -> None:
+        """Refuse so many jobs if they would be refused now: before anything is spent on them.
+
+        Raises:
+            ClosedError: if no more are accepted.
+            QueueFullError: if too many wait.
+        """
+        limits = self.session.backend.limits
+        if not self.accepting:
+            raise ClosedError("The server is shutting down.", fix="Ask another one, or this one later.")
+        room = self.policy.max_queue + limits.max_batch - self._live
+        if count > room:
+            waits = math.ceil(self._job_s * (1 + self.policy.max_queue / limits.max_batch))
+            raise QueueFullError(
+                f"{self._live} requests run or wait, and there is room for {room} more.",
+                retry_after_s=min(60, waits),
+            )
+
     def _accept(self, count: int, add: Callable[[], None]) -> None:
         with self._changed:
-            if not self.accepting:
-                raise ClosedError("The server is shutting down.", fix="Ask another one, or this one later.")
-            room = self.policy.max_queue + self.session.backend.limits.max_batch - self._live
-            if count > room:
-                waits = math.ceil(self._job_s * (1 + self.policy.max_queue / self.session.backend.limits.max_batch))
-                raise QueueFullError(
-                    f"{self._live} requests run or wait, and there is room for {room} more.",
-                    retry_after_s=min(60, waits),
-                )
+            self.check(count)
             self._live += count
             add()
             self._changed.notify_all()
@@ -223,4 +233,5 @@ class Scheduler:
             job.fail(closed)
             self._end(job)
         for *_, future in self._texts:
-            future.cancel()
+            if future.set_running_or_notify_cancel():
+                future.set_exception(closed)

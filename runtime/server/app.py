@@ -101,7 +101,7 @@ async def model(request: Request, name: str) -> Model:
 async def completions(request: Request, body: CompletionBody) -> Response:
     """Go on from prompts."""
     served: Served = request.app.state.served
-    _check(served, body)
+    _check(served, body, len(body.prompts))
     wanted = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     if wanted == 0 and not body.echo:
         raise UsageError("max_tokens is 0.", expected="at least 1, or 'echo': true")
@@ -121,7 +121,7 @@ async def completions(request: Request, body: CompletionBody) -> Response:
 async def chat(request: Request, body: ChatBody) -> Response:
     """Answer a conversation through the model's own template."""
     served: Served = request.app.state.served
-    _check(served, body)
+    _check(served, body, 1)
     messages = [message.plain for message in body.messages]
     try:
         ids = await asyncio.to_thread(served.session.encode, messages)
@@ -169,9 +169,14 @@ def _check_name(served: Served, name: str) -> None:
         raise ModelNotFoundError(f"The model {name!r} is not served here.", expected=served.name)
 
 
-def _check(served: Served, body: Body) -> None:
+def _check(served: Served, body: Body, prompts: int) -> None:
+    """Refuse what can be refused before its prompts are looked at."""
     _check_name(served, body.model)
     body.check()
+    most = served.session.backend.limits.max_batch + served.scheduler.policy.max_queue
+    if prompts * body.choices > most:
+        raise UsageError(f"{prompts * body.choices} answers were asked for at once.", expected=f"at most {most}")
+    served.scheduler.check(prompts * body.choices)
 
 
 def _encoded(served: Served, prompts: Sequence[str] | Sequence[list[int]]) -> list[list[int]]:
@@ -180,10 +185,6 @@ def _encoded(served: Served, prompts: Sequence[str] | Sequence[list[int]]) -> li
 
 def _exchange(served: Served, prompts: Sequence[list[int]], params: Sequence[SamplingParams | None]) -> Exchange:
     """The jobs of a request: for each prompt, as many as there are params."""
-    limits, policy = served.session.backend.limits, served.scheduler.policy
-    most = limits.max_batch + policy.max_queue
-    if len(prompts) * len(params) > most:
-        raise UsageError(f"{len(prompts) * len(params)} answers were asked for at once.", expected=f"at most {most}")
     return Exchange(served.scheduler, [(ids, each) for ids in prompts for each in params])
 
 

@@ -40,7 +40,7 @@ class Live:
 
     def __init__(self, engine: Path, log: Path, *options: str, program: tuple[str, ...] = ("-m", "flabc")) -> None:
         command = [sys.executable, *program, "serve", str(engine), "--port", "0", "--json", "--name", "tiny"]
-        self.log = log
+        self.log, self.clients = log, list[openai.OpenAI]()
         with log.open("w") as errors:
             self.process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=errors, text=True)
         assert self.process.stdout is not None
@@ -49,7 +49,8 @@ class Live:
         self.url: str = json.loads(line)["url"]
 
     def client(self, key: str = "none", retries: int = 0) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=retries, timeout=60)
+        self.clients.append(openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=retries, timeout=60))
+        return self.clients[-1]
 
     def get(self, path: str) -> tuple[int, str]:
         return self.send(urllib.request.Request(self.url + path))
@@ -79,6 +80,8 @@ class Live:
         return False
 
     def close(self) -> None:
+        for client in self.clients:
+            client.close()
         if self.process.poll() is None:
             self.process.terminate()
         self.process.wait(30)
@@ -445,7 +448,6 @@ def test_killed_it_serves_again_after_a_start(tiny_engine: Path, tmp_path: Path)
         times.append(time.monotonic() - begun)
         texts.append(given.choices[0].text)
         server.process.kill()
-        server.process.wait(10)
         server.close()
     assert texts[0] == texts[1]
     assert times[1] < 1.5 * times[0] + 2
