@@ -51,8 +51,8 @@ class Job:
         deliver: Callable[[Chunk | FlabcError], None] | None = None,
     ) -> None:
         self.prompt_ids, self.params = list(prompt_ids), params
+        check_prompt(session, prompt_ids)
         self.answer = session.answer(prompt_ids, params)
-        _check_ids(prompt_ids, session.spec.vocab_size)
         self.error: FlabcError | None = None
         self.marks = {"made": time.monotonic()}
         self.filled = 0  # prompt tokens in the cache
@@ -66,13 +66,8 @@ class Job:
         return self.error is not None or self.answer.finish_reason is not None
 
     @property
-    def cached_ids(self) -> list[int]:
-        """The tokens whose keys and values are in the cache."""
-        return (self.prompt_ids[: self.filled] + [token.id for token in self.answer.tokens])[: self.length]
-
-    @property
     def length(self) -> int:
-        """How many they are: not the token that was drawn last."""
+        """Tokens whose keys and values are in the cache: all but the one that was drawn last."""
         return self.filled + max(0, len(self.answer.tokens) - 1)
 
     def mark(self, name: str) -> None:
@@ -111,7 +106,8 @@ class Batch:
 
     Args:
         backend: what runs them; whatever it held is forgotten.
-        prefill_tokens: prompt tokens that a step computes at most, padding included: what those that run wait for.
+        prefill_tokens: prompt tokens that a step computes at most, padding included: what those that run wait for;
+            at least 2, and one more where a single one would be left.
         prefixes: where prompts find what others have computed of them.
         eager: let prompts join while there is room, however long those that run wait.
     """
@@ -209,38 +205,54 @@ class Batch:
 
     def _join(self, jobs: Sequence[Job]) -> None:
         """Compute whole prompts at once, or the first piece of a long one."""
-        logits = self._backend.join(*_padded([job.prompt_ids[: self._prefill_tokens] for job in jobs]))
+        pieces = [self._piece(job) for job in jobs]
+        logits = self._backend.join(*_padded(pieces))
         self._joining = []
-        if len(jobs[0].prompt_ids) > self._prefill_tokens:
+        if len(pieces[0]) < len(jobs[0].prompt_ids):
             (self.filling,) = jobs
-            self.filling.filled = self._prefill_tokens
+            self.filling.filled = len(pieces[0])
             return
         self.running += jobs
         for job, row in zip(jobs, logits, strict=True):
-            job.filled = len(job.prompt_ids)
-            self._save(job)
-            job.step(row)
+            self._answer(job, row)
 
     def _fill(self) -> None:
         """Compute the next piece of the prompt that is filling."""
         job = self.filling
         assert job is not None
-        piece = job.prompt_ids[job.filled :][: self._prefill_tokens]
+        piece = self._piece(job)
         logits = self._backend.extend(*_padded([piece]), first=len(self.running))
         job.filled += len(piece)
         if job.filled == len(job.prompt_ids):
             self.running.append(job)
             self.filling = None
-            self._save(job)
-            job.step(logits[0])
+            self._answer(job, logits[0])
+
+    def _piece(self, job: Job) -> list[int]:
+        """What is computed next of a prompt, such that never a single token is left.
+
+        ONNX Runtime attends from one token by another kernel than from several, which rounds differently, and weights
+        of 8 bits make that visible. Only so is a prompt in pieces to the last bit what it is as a whole.
+        """
+        left = job.prompt_ids[job.filled :]
+        return left if len(left) <= self._prefill_tokens + 1 else left[: self._prefill_tokens]
+
+    def _answer(self, job: Job, logits: Logits) -> None:
+        """Go on behind a prompt that is computed, from (V,) logits; others that begin alike may have its beginning.
+
+        The answer's keys and values are not kept for others: see ``_piece``.
+        """
+        job.filled = len(job.prompt_ids)
+        if self._prefixes is not None:
+            row = self.running.index(job)
+            self._prefixes.put(job.prompt_ids, lambda length: self._backend.save(row, length))
+        job.step(logits)
 
     def _leave(self) -> list[Job]:
         """Take out the jobs that have ended."""
         rows = self.rows
         ended = [job for job in rows if job.ended]
         if ended:
-            for job in ended:
-                self._save(job)
             stays = compact([not job.ended for job in self.running])
             filling = self.filling if self.filling and not self.filling.ended else None
             self._backend.keep([*stays, len(self.running)] if filling else stays)
@@ -251,12 +263,6 @@ class Batch:
         for job in [*ended, *gone]:
             job.mark("ended")
         return [*ended, *gone]
-
-    def _save(self, job: Job) -> None:
-        """Keep what was computed of a job for prompts that begin alike."""
-        if self._prefixes is not None:
-            row = self.rows.index(job)
-            self._prefixes.put(job.cached_ids, lambda length: self._backend.save(row, length))
 
 
 def generate_batch(
@@ -293,10 +299,17 @@ def generate_batch(
             yield places[job], job.answer.generation()
 
 
-def _check_ids(ids: Sequence[int], vocab_size: int) -> None:
-    unknown = next((index for index in ids if not 0 <= index < vocab_size), None)
+def check_prompt(session: Session, prompt_ids: Sequence[int]) -> None:
+    """Refuse a prompt that cannot be computed.
+
+    Raises:
+        EngineError: if it is empty, leaves no room for an answer, or has ids that the model has not.
+    """
+    session.room(prompt_ids)
+    size = session.spec.vocab_size
+    unknown = next((index for index in prompt_ids if not 0 <= index < size), None)
     if unknown is not None:
-        raise EngineError(f"The prompt has token {unknown}.", expected=f"ids from 0 to {vocab_size - 1}")
+        raise EngineError(f"The prompt has token {unknown}.", expected=f"ids from 0 to {size - 1}")
 
 
 def _padded(prompts: Sequence[Sequence[int]]) -> tuple[Ids, Ids]:

@@ -1,4 +1,4 @@
-"""Keys and values of sequences that were computed, for prompts that begin alike."""
+"""Keys and values of prompts that were computed, for prompts that begin alike."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class PrefixCache:
         self._entries: OrderedDict[tuple[int, ...], Saved] = OrderedDict()
 
     def find(self, prompt_ids: Sequence[int]) -> tuple[Saved, int] | None:
-        """What begins as a prompt does, and for how many tokens: never its last, whose logits are wanted."""
-        best = max(self._entries, key=lambda ids: common(ids, prompt_ids[:-1]), default=())
-        length = common(best, prompt_ids[:-1])
+        """What begins as a prompt does, and for how many tokens: never the last two, which are computed together."""
+        best = max(self._entries, key=lambda ids: common(ids, prompt_ids[:-2]), default=())
+        length = common(best, prompt_ids[:-2])
         if not length:
             return None
         self._entries.move_to_end(best)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
@@ -16,7 +17,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from flabc.errors import EngineError, FlabcError, UsageError
-from flabc.runtime.sampling import SamplingParams, Token
+from flabc.runtime.sampling import Token
 from flabc.runtime.scheduler import Policy, Scheduler
 from flabc.runtime.session import Session
 
@@ -107,10 +108,9 @@ async def completions(request: Request, body: CompletionBody) -> Response:
         raise UsageError("max_tokens is 0.", expected="at least 1, or 'echo': true")
     prompts = await asyncio.to_thread(_encoded, served, body.prompts)
     params = [body.params(n, wanted, body.logprobs) if wanted else None for n in range(body.choices)]
-    exchange = _exchange(served, prompts, params)
+    exchange = Exchange(served.scheduler, [(ids, each) for ids in prompts for each in params])
     scored = body.logprobs if body.echo else None
-    with exchange.failing():
-        exchange.submit([] if scored is None else [(ids, scored) for ids in prompts])
+    exchange.submit(request.receive, [] if scored is None else [(ids, scored) for ids in prompts])
     echoes = await _echoes(served, exchange, prompts, body) if body.echo else [("", list[Token]())] * len(prompts)
     each = [echo for echo in echoes for _ in range(body.choices)]
     reply = Reply(served.session.codec, served.name, chat=False, scored=body.logprobs is not None, echoes=each)
@@ -132,8 +132,9 @@ async def chat(request: Request, body: ChatBody) -> Response:
         raise UsageError("max_tokens is 0.", expected="at least 1")
     top = (body.top_logprobs or 0) if body.logprobs else None
     room = served.session.backend.limits.max_length
-    exchange = _exchange(served, [ids], [body.params(n, wanted or room, top) for n in range(body.choices)])
-    exchange.submit()
+    params = [body.params(n, wanted or room, top) for n in range(body.choices)]
+    exchange = Exchange(served.scheduler, [(ids, each) for each in params])
+    exchange.submit(request.receive)
     reply = Reply(
         served.session.codec, served.name, chat=True, scored=top is not None, echoes=[("", [])] * body.choices
     )
@@ -183,11 +184,6 @@ def _encoded(served: Served, prompts: Sequence[str] | Sequence[list[int]]) -> li
     return [served.session.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
-def _exchange(served: Served, prompts: Sequence[list[int]], params: Sequence[SamplingParams | None]) -> Exchange:
-    """The jobs of a request: for each prompt, as many as there are params."""
-    return Exchange(served.scheduler, [(ids, each) for ids in prompts for each in params])
-
-
 async def _echoes(
     served: Served, exchange: Exchange, prompts: Sequence[list[int]], body: CompletionBody
 ) -> list[tuple[str, list[Token]]]:
@@ -195,9 +191,9 @@ async def _echoes(
     given = [prompt if isinstance(prompt, str) else served.session.codec.decode_all(prompt) for prompt in body.prompts]
     with exchange.failing():
         scores = await exchange.scores()
-    tokens = (
-        [[Token(ids[0]), *found] for ids, found in zip(prompts, scores, strict=True)] if scores else [[]] * len(given)
-    )
+    if not scores:
+        return [(text, []) for text in given]
+    tokens = [[Token(ids[0]), *found] for ids, found in zip(prompts, scores, strict=True)]
     return list(zip(given, tokens, strict=True))
 
 
@@ -205,11 +201,11 @@ async def _answered(request: Request, exchange: Exchange, reply: Reply, body: Bo
     """The reply, whole or as a stream."""
     request.scope["flabc.exchange"] = exchange
     if not body.stream:
-        async with exchange.watched(request.receive):
+        with closing(exchange):
             return JSONResponse(await reply.whole(exchange))
 
-    async def events() -> Any:
-        async with exchange.watched(request.receive):
+    async def events() -> AsyncIterator[str]:
+        with closing(exchange):
             async for event in reply.events(exchange, with_usage=body.with_usage):
                 yield event
 

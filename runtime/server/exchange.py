@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
-from flabc.errors import EngineError, FlabcError
-from flabc.runtime.batch import Job
+from starlette.types import Receive
+
+from flabc.errors import CancelledError, EngineError, FlabcError
+from flabc.runtime.batch import Job, check_prompt
 from flabc.runtime.sampling import SamplingParams, Token
 from flabc.runtime.scheduler import Scheduler
 from flabc.runtime.session import Chunk
@@ -35,7 +36,10 @@ class Exchange:
         self._scheduler, self._loop = scheduler, asyncio.get_running_loop()
         self._pieces: asyncio.Queue[tuple[int, Chunk | FlabcError]] = asyncio.Queue()
         self._scores: list[Future[list[Token]]] = []
+        self._watching: asyncio.Task[None] | None = None
         try:
+            for ids, _ in asked:
+                check_prompt(scheduler.session, ids)
             self.jobs = {
                 index: Job(scheduler.session, ids, params, partial(self._deliver, index))
                 for index, (ids, params) in enumerate(asked)
@@ -44,20 +48,31 @@ class Exchange:
         except EngineError as error:
             raise PromptError(str(error)) from error
 
-    def submit(self, scored: Sequence[tuple[list[int], int]] = ()) -> None:
-        """Hand the jobs in, and texts to score, (token ids, most likely ones wanted).
+    def submit(self, receive: Receive, scored: Sequence[tuple[list[int], int]] = ()) -> None:
+        """Hand the jobs in, and texts to score, (token ids, most likely ones wanted); cancel all when the client goes.
 
         Raises:
             QueueFullError: if too many others wait.
             ClosedError: if the server is shutting down.
         """
-        self._scheduler.submit(list(self.jobs.values()))
-        for ids, top in scored:
-            self._scores.append(self._scheduler.score(ids, top))
+        with self.failing():
+            self._scheduler.submit(list(self.jobs.values()))
+            for ids, top in scored:
+                self._scores.append(self._scheduler.score(ids, top))
+        self._watching = asyncio.ensure_future(self._watch(receive))
 
     async def scores(self) -> list[list[Token]]:
-        """Log-probabilities of the texts that are scored."""
-        return [await asyncio.wrap_future(score) for score in self._scores]
+        """Log-probabilities of the texts that are scored.
+
+        Raises:
+            CancelledError: if the client has gone.
+        """
+        try:
+            return [await asyncio.wrap_future(score) for score in self._scores]
+        except asyncio.CancelledError:
+            if any(score.cancelled() for score in self._scores):
+                raise CancelledError("The request was cancelled.") from None
+            raise
 
     async def pieces(self) -> AsyncIterator[tuple[int, Chunk]]:
         """(an answer's index, its next piece), as they come, until all answers are whole.
@@ -73,36 +88,31 @@ class Exchange:
             left -= piece.finish_reason is not None
             yield index, piece
 
-    def cancel(self) -> None:
-        """End what has not ended."""
+    def close(self) -> None:
+        """End what has not ended, and watch the client no more."""
+        if self._watching is not None:
+            self._watching.cancel()
+        self._cancel()
+
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """Close if this block fails."""
+        try:
+            yield
+        except BaseException:  # the loop's own cancellation too
+            self.close()
+            raise
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._cancel()
+
+    def _cancel(self) -> None:
         for job in self.jobs.values():
             job.cancel()
         for score in self._scores:
             score.cancel()
-
-    @contextmanager
-    def failing(self) -> Iterator[None]:
-        """Cancel if this block fails."""
-        try:
-            yield
-        except BaseException:  # the loop's own cancellation too
-            self.cancel()
-            raise
-
-    @asynccontextmanager
-    async def watched(self, receive: Any) -> AsyncIterator[None]:
-        """Cancel when the client goes, or this block is left early."""
-        watch = asyncio.ensure_future(self._watch(receive))
-        try:
-            yield
-        finally:
-            watch.cancel()
-            self.cancel()
-
-    async def _watch(self, receive: Any) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self.cancel()
 
     def _deliver(self, index: int, piece: Chunk | FlabcError) -> None:
         self._loop.call_soon_threadsafe(self._pieces.put_nowait, (index, piece))

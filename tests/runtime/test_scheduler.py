@@ -114,6 +114,17 @@ def check(alone: Alone, given_jobs: list[tuple[Any, ...]], prefill_tokens: int, 
         assert (job.error is not None) or len(said) == job.params.max_tokens
 
 
+def test_no_single_token_of_a_prompt_is_left(on_engine: Alone) -> None:
+    for length in (2, 11, 12, 21, 22, 31):
+        computed: list[int] = []
+        batch = Batch(counting(on_engine.session.backend, computed), prefill_tokens=10)
+        batch.waiting.append(Job(on_engine.session, on_engine.ids[:length], wanting(1)))
+        while batch.waiting or batch.rows:
+            batch.step()
+        assert sum(computed) == length
+        assert all(2 <= count <= 11 for count in computed)
+
+
 def test_a_long_prompt_does_not_stall_the_others(on_engine: Alone) -> None:
     session, ids = on_engine.session, on_engine.ids
     batch = Batch(session.backend, prefill_tokens=10)
@@ -143,7 +154,7 @@ def test_prompts_that_begin_alike_are_computed_once(on_engine: Alone) -> None:
     batch.waiting.append(again)  # the next turn of a conversation
     while batch.rows or batch.waiting:
         batch.step()
-    assert again.reused == 55 + 3
+    assert again.reused == 55  # its prompt, not its answer
     for job in [*jobs, again]:
         assert job.answer.generation().token_ids == on_engine.answer(job.prompt_ids, job.params)
 
@@ -154,13 +165,13 @@ def test_what_is_remembered_is_bounded_and_the_oldest_goes() -> None:
     saved = [{"0.key": np.full(SHORTEST, n)} for n in range(3)]
     for ids, one in zip(rows[:2], saved, strict=False):
         cache.put(ids, lambda length, one=one: one)  # type: ignore[misc]
-    assert cache.find([*rows[0], 5]) == (saved[0], SHORTEST)  # now the younger
+    assert cache.find([*rows[0], 5, 6]) == (saved[0], SHORTEST)  # now the younger
     cache.put(rows[2], lambda length: saved[2])
     assert cache.bytes == cache.max_bytes
-    assert cache.find([*rows[1], 5]) is None
-    assert cache.find(rows[0]) is None  # its last token's logits are wanted, and what is left is too short
+    assert cache.find([*rows[1], 5, 6]) is None
+    assert cache.find([*rows[0], 5]) is None  # the last two are computed together, and what is left is too short
     cache.put([*rows[2], 7, 8], lambda length: {"0.key": np.zeros(4)})  # takes the place of its own beginning
-    assert cache.find([*rows[2], 7, 9]) == ({"0.key": pytest.approx(np.zeros(4))}, SHORTEST + 1)
+    assert cache.find([*rows[2], 7, 9, 9]) == ({"0.key": pytest.approx(np.zeros(4))}, SHORTEST + 1)
     assert cache.bytes == 8 * SHORTEST + 32
 
 

@@ -36,7 +36,7 @@ SECONDS = click.FloatRange(0, min_open=True)
 @click.option("--drain-timeout", type=SECONDS, default=30.0, show_default=True, help="Seconds to end in when told to.")
 @click.option(
     "--prefill-tokens",
-    type=AT_LEAST_ONE,
+    type=click.IntRange(2),
     default=256,
     show_default=True,
     help="Prompt tokens computed between two tokens of the others.",
