@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flabc import api
 from flabc.errors import (
     CancelledError,
     ClosedError,
@@ -49,7 +50,15 @@ class Alone:
         return self._known[key]
 
 
-@pytest.fixture(scope="module", params=["tiny_engine", "tiny_standard_engine"])
+@pytest.fixture(scope="module")
+def tiny_int8_engine(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Activations of 8 bits make any difference in rounding visible."""
+    out = tmp_path_factory.mktemp("int8") / "engine"
+    api.export(tiny("qwen2-tied"), out, precision="int8")
+    return out
+
+
+@pytest.fixture(scope="module", params=["tiny_engine", "tiny_standard_engine", "tiny_int8_engine"])
 def alone(request: pytest.FixtureRequest) -> Alone:
     return Alone(request.getfixturevalue(request.param))
 
