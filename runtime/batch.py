@@ -176,7 +176,6 @@ class Batch:
         taken: list[Job] = []
         for job in islice(self.waiting, max(0, room)):
             longest = max(len(each.prompt_ids) for each in [*taken, job])
-            # What is computed, or will be when the others have joined, is not computed twice.
             if taken and (longest * (len(taken) + 1) > self._prefill_tokens or self._known(job, taken)):
                 break
             taken.append(job)
@@ -187,11 +186,11 @@ class Batch:
         return taken
 
     def _known(self, job: Job, taken: Sequence[Job]) -> bool:
+        """Whether the beginning of a prompt, or of the first that was taken, is computed, or will be by those taken."""
         if self._prefixes is None:
             return False
-        return any(common(job.prompt_ids, each.prompt_ids) for each in taken) or bool(
-            self._prefixes.find(job.prompt_ids)
-        )
+        found = [self._prefixes.find(each.prompt_ids) for each in (job, taken[0])]
+        return any(found) or any(common(job.prompt_ids, each.prompt_ids) for each in taken)
 
     def _restore(self, job: Job) -> bool:
         """Let a prompt join with what is known of its beginning; False if nothing is."""
