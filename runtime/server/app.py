@@ -108,7 +108,8 @@ async def completions(request: Request, body: CompletionBody) -> Response:
         raise UsageError("max_tokens is 0.", expected="at least 1, or 'echo': true")
     prompts = await asyncio.to_thread(_encoded, served, body.prompts)
     params = [body.params(n, wanted, body.logprobs) if wanted else None for n in range(body.choices)]
-    exchange = Exchange(served.scheduler, [(ids, each) for ids in prompts for each in params])
+    asked = [(ids, each) for ids in prompts for each in params]
+    exchange = Exchange(served.scheduler, asked, streamed=bool(body.stream))
     scored = body.logprobs if body.echo else None
     exchange.submit(request.receive, [] if scored is None else [(ids, scored) for ids in prompts])
     echoes = await _echoes(served, exchange, prompts, body) if body.echo else [("", list[Token]())] * len(prompts)
@@ -133,7 +134,7 @@ async def chat(request: Request, body: ChatBody) -> Response:
     top = (body.top_logprobs or 0) if body.logprobs else None
     room = served.session.backend.limits.max_length
     params = [body.params(n, wanted or room, top) for n in range(body.choices)]
-    exchange = Exchange(served.scheduler, [(ids, each) for each in params])
+    exchange = Exchange(served.scheduler, [(ids, each) for each in params], streamed=bool(body.stream))
     exchange.submit(request.receive)
     reply = Reply(
         served.session.codec, served.name, chat=True, scored=top is not None, echoes=[("", [])] * body.choices

@@ -25,14 +25,19 @@ class Exchange:
     Args:
         scheduler: who answers.
         asked: token ids and params of each answer; params are None where nothing is to be produced.
+        streamed: whether every piece of an answer is wanted, or only to know when it is whole: to wake the event loop
+            for each token would take time from the engine.
 
     Raises:
         PromptError: if a prompt is empty, too long, or has ids that the model has not.
     """
 
-    def __init__(self, scheduler: Scheduler, asked: Sequence[tuple[list[int], SamplingParams | None]]) -> None:
+    def __init__(
+        self, scheduler: Scheduler, asked: Sequence[tuple[list[int], SamplingParams | None]], *, streamed: bool
+    ) -> None:
         #: Each prompt once, however many answers it has.
         self.prompt_tokens = sum(map(len, {id(ids): ids for ids, _ in asked}.values()))
+        self._streamed = streamed
         self._scheduler, self._loop = scheduler, asyncio.get_running_loop()
         self._pieces: asyncio.Queue[tuple[int, Chunk | FlabcError]] = asyncio.Queue()
         self._scores: list[Future[list[Token]]] = []
@@ -75,7 +80,7 @@ class Exchange:
             raise
 
     async def pieces(self) -> AsyncIterator[tuple[int, Chunk]]:
-        """(an answer's index, its next piece), as they come, until all answers are whole.
+        """(an answer's index, its next piece), as they come, until all are whole; the last only, if not streamed.
 
         Raises:
             FlabcError: if one of them cannot be.
@@ -115,4 +120,5 @@ class Exchange:
             score.cancel()
 
     def _deliver(self, index: int, piece: Chunk | FlabcError) -> None:
-        self._loop.call_soon_threadsafe(self._pieces.put_nowait, (index, piece))
+        if self._streamed or isinstance(piece, FlabcError) or piece.finish_reason:
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, (index, piece))

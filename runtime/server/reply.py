@@ -53,10 +53,11 @@ class Reply:
             FlabcError: if one of them cannot be whole.
         """
         choices = [Choice(None, text, list(tokens)) for text, tokens in self._echoes]
-        async for index, chunk in exchange.pieces():
-            choices[index].text += chunk.text
-            choices[index].tokens += chunk.tokens
-            choices[index].finish_reason = chunk.finish_reason
+        async for index, _ in exchange.pieces():
+            answer = exchange.jobs[index].answer
+            choices[index].text += answer.generation().text
+            choices[index].tokens += answer.tokens
+            choices[index].finish_reason = answer.finish_reason
         name = "chat.completion" if self._chat else "text_completion"
         listed = [self._choice(index, choice) for index, choice in enumerate(choices)]
         return {**self._head, "object": name, "choices": listed, "usage": usage(exchange)}
