@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .sampling import SamplingParams
+from .sampling import SamplingParams, Token
 from .text import TextCodec
 
 FinishReason = Literal["stop", "length"]
@@ -14,12 +14,13 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Generation:
-    """A whole answer."""
+    """A whole answer; ``logprobs`` has an entry per token if they were asked for."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     prompt_tokens: int
+    logprobs: tuple[Token, ...] | None = None
 
 
 class StopFilter:
@@ -60,22 +61,23 @@ class Answer:
     """
 
     def __init__(self, codec: TextCodec, params: SamplingParams, prompt_tokens: int, room: int) -> None:
-        self.token_ids: list[int] = []
+        self.tokens: list[Token] = []
         self.finish_reason: FinishReason | None = None
         self._eos_ids = frozenset[int]() if params.ignore_eos else codec.eos_ids
         self._room = min(params.max_tokens, room)
         self._prompt_tokens = prompt_tokens
+        self._scored = params.logprobs is not None
         self._decoder = codec.decoder()
         self._filter = StopFilter(params.stop)
         self._shown: list[str] = []
 
-    def take(self, token: int) -> str:
+    def take(self, token: Token) -> str:
         """Take the next token; the text that became certain. ``finish_reason`` is set if it was the last."""
-        self.token_ids.append(token)
-        text = self._filter.push(self._decoder(token))
-        if self._filter.stopped or token in self._eos_ids:
+        self.tokens.append(token)
+        text = self._filter.push(self._decoder(token.id))
+        if self._filter.stopped or token.id in self._eos_ids:
             self.finish_reason = "stop"
-        elif len(self.token_ids) >= self._room:
+        elif len(self.tokens) >= self._room:
             self.finish_reason = "length"
         if self.finish_reason:
             text += self._filter.flush()
@@ -85,7 +87,8 @@ class Answer:
     def generation(self) -> Generation:
         """The answer as a whole."""
         text = "".join(self._shown)
-        return Generation(text, tuple(self.token_ids), self.finish_reason or "length", self._prompt_tokens)
+        ids, scored = tuple(token.id for token in self.tokens), tuple(self.tokens) if self._scored else None
+        return Generation(text, ids, self.finish_reason or "length", self._prompt_tokens, scored)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -8,7 +8,7 @@ Letters in shape comments: B sequences, S new tokens, V vocab_size.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -79,12 +79,13 @@ class Backend(Protocol):
         """
         ...
 
-    def extend(self, ids: Ids, counts: Ids) -> Logits:
-        """Append tokens to every sequence and say what comes next.
+    def extend(self, ids: Ids, counts: Ids, first: int = 0) -> Logits:
+        """Append tokens to B sequences and say what comes next.
 
         Args:
             ids: (B, S); row b's first ``counts[b]`` tokens are real, the rest is padding.
             counts: (B,), between 1 and S.
+            first: which of the running sequences is row 0; the rows are those from there on.
 
         Returns:
             logits after each row's last real token, (B, V).
@@ -104,6 +105,18 @@ class Backend(Protocol):
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these of the running sequences only, in this order."""
+        ...
+
+    def save(self, row: int, length: int) -> Mapping[str, Any]:
+        """A copy of the keys and values of a running sequence's first ``length`` tokens."""
+        ...
+
+    def restore(self, saved: Mapping[str, Any], length: int) -> None:
+        """Let a sequence join that begins with the first ``length`` tokens of one that was saved.
+
+        Raises:
+            EngineError: if there would be more than ``limits.max_batch``.
+        """
         ...
 
     def score(self, ids: Ids) -> Logits:

@@ -23,6 +23,7 @@ EXTRAS = {
     "compress": ("torch", "transformers", "safetensors", "gguf", "accelerate", "peft"),
     "export": ("onnx", "onnx-ir", "onnxscript", "ml-dtypes"),
     "report": ("matplotlib",),
+    "serve": ("fastapi", "uvicorn", "prometheus-client"),
     "gpu": ("onnxruntime-gpu", "nvidia-ml-py"),
     "tensorrt": ("tensorrt", "polygraphy", "cuda-bindings"),
 }

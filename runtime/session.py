@@ -15,7 +15,7 @@ from flabc.spec import ModelSpec
 
 from .answer import Answer, FinishReason, Generation
 from .backend import RUNS, Backend, Limits, open_backend
-from .sampling import SamplingParams, sampler
+from .sampling import Sampler, SamplingParams, Token
 from .text import Message, TextCodec
 
 
@@ -24,8 +24,13 @@ class Chunk:
     """A piece of an answer as it streams; ``finish_reason`` is set on the last."""
 
     text: str
-    token_ids: tuple[int, ...] = ()
+    tokens: tuple[Token, ...] = ()
     finish_reason: FinishReason | None = None
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The ids of its tokens."""
+        return tuple(token.id for token in self.tokens)
 
 
 class Session:
@@ -83,22 +88,22 @@ class Session:
             if answer.finish_reason:
                 return
 
-    def tokens(self, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
-        """The answer's token ids, one at a time, end-of-sequence included; stop texts are not looked for.
+    def tokens(self, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[Token]:
+        """The answer's tokens, one at a time, end-of-sequence included; stop texts are not looked for.
 
         Raises:
             EngineError: if the prompt is empty or leaves no room for an answer.
         """
         room = self.room(prompt_ids)
-        draw = sampler(params)
+        draw = Sampler(params, prompt_ids)
         self.backend.start(1)
         new = np.array([prompt_ids], np.int64)
         for _ in range(min(params.max_tokens, room)):
             token = draw(self.backend.extend(new, np.array([new.shape[1]]))[0])
             yield token
-            if token in self.codec.eos_ids and not params.ignore_eos:
+            if token.id in self.codec.eos_ids and not params.ignore_eos:
                 return
-            new = np.array([[token]], np.int64)
+            new = np.array([[token.id]], np.int64)
 
     def encode(self, prompt: str | Sequence[Message]) -> list[int]:
         """Token ids of a prompt, or of a conversation through the chat template."""

@@ -53,6 +53,15 @@ class TextCodec:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
+    def decode_all(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens and all."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=False)
+        return text
+
+    def piece(self, index: int) -> str:
+        """The text of one token by itself; half a character is a replacement character."""
+        return self.decode_all([index])
+
     def decoder(self) -> Callable[[int], str]:
         """A function from each next id of a stream to the text that it makes certain: never half a character."""
         stream = DecodeStream(skip_special_tokens=True)

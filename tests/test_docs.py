@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,10 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/serving.md")]
+
+#: Where the README serves.
+ADDRESS = "127.0.0.1:8000"
 
 
 def generator() -> ModuleType:
@@ -28,6 +33,11 @@ def generator() -> ModuleType:
 def blocks(language: str) -> list[str]:
     """The README's fenced blocks of a language."""
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
+
+
+def serves(block: str) -> bool:
+    """Whether a block is about a server, which a test of its own runs."""
+    return ADDRESS in block or "flabc serve" in block
 
 
 def test_generated_documents_are_fresh() -> None:
@@ -56,15 +66,52 @@ def test_the_code_map_names_every_module() -> None:
 def test_the_readme_runs(tmp_path: Path) -> None:
     """Every bash block, in order, in one empty folder; then every Python block."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    commands = [block for block in blocks("bash") if "make " not in block and "pip install" not in block]
+    commands = [block for block in blocks("bash") if "make " not in block and not serves(block)]
     assert commands
     for block in commands:
         done = subprocess.run(["bash", "-euc", block], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{block}\n{done.stderr}"
-    for block in blocks("python"):
+    for block in [block for block in blocks("python") if not serves(block)]:
         done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, f"{block}\n{done.stderr}"
     _check_the_promise(tmp_path)
+
+
+def test_the_readme_serves(tiny_engine: Path, tmp_path: Path) -> None:
+    """Its server, its curl line and its client, on a free port."""
+    (tmp_path / "engine").symlink_to(tiny_engine)
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    server, curl = (block for block in blocks("bash") if serves(block))
+    (client,) = (block for block in blocks("python") if serves(block))
+    started = f"exec {server.strip()} --port {address.split(':')[1]}"
+    with subprocess.Popen(
+        ["bash", "-euc", started], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert address.encode() in process.stdout.readline()
+            for command in (
+                ["bash", "-euc", curl.replace(ADDRESS, address)],
+                [sys.executable, "-c", client.replace(ADDRESS, address)],
+            ):
+                done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+                assert done.returncode == 0, done.stderr
+                assert done.stdout.strip()
+        finally:
+            process.terminate()
+    assert process.returncode == 0
+
+
+def test_the_systemd_unit_is_one(tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("no systemd here")
+    unit = (ROOT / "docs" / "serving" / "flabc.service").read_text(encoding="utf-8")
+    known = tmp_path / "flabc.service"
+    known.write_text(unit.replace("/opt/flabc/bin/flabc", sys.executable))  # it has to exist
+    done = subprocess.run(["systemd-analyze", "verify", known], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def _check_the_promise(folder: Path) -> None:

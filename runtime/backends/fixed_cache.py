@@ -6,7 +6,8 @@ Letters in shape comments: B sequences, S new tokens, M places in the cache, V v
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -32,10 +33,11 @@ class FixedCache(ABC):
         self.limits.check_batch(batch)
         self._lengths = np.zeros(batch, np.int64)
 
-    def extend(self, ids: Ids, counts: Ids) -> Logits:
-        """Append tokens to every sequence; (B, S) and (B,) in, (B, V) out."""
-        logits = self._append(0, ids, counts, self._lengths)
-        self._lengths = self._lengths + counts
+    def extend(self, ids: Ids, counts: Ids, first: int = 0) -> Logits:
+        """Append tokens to the sequences from ``first`` on; (B, S) and (B,) in, (B, V) out."""
+        rows = slice(first, first + len(ids))
+        logits = self._append(first, ids, counts, self._lengths[rows])
+        self._lengths[rows] += counts
         return logits
 
     def join(self, ids: Ids, counts: Ids) -> Logits:
@@ -52,6 +54,20 @@ class FixedCache(ABC):
         moves = [(to, row) for to, row in enumerate(rows) if to != row]
         if moves:
             self._move(moves, int(self._lengths.max()))
+
+    def restore(self, saved: Mapping[str, Any], length: int) -> None:
+        """Let a sequence join that begins with the first tokens of one that was saved."""
+        self.limits.check_batch(len(self._lengths) + 1)
+        self._put(len(self._lengths), saved, length)
+        self._lengths = np.append(self._lengths, length)
+
+    @abstractmethod
+    def save(self, row: int, length: int) -> Mapping[str, Any]:
+        """A copy of the keys and values of a running sequence's first ``length`` tokens."""
+
+    @abstractmethod
+    def _put(self, row: int, saved: Mapping[str, Any], length: int) -> None:
+        """Write the first ``length`` places of a copy to a row of the cache."""
 
     def _append(self, first: int, ids: Ids, counts: Ids, begin: Ids) -> Logits:
         """Write tokens of the rows from ``first`` on behind what each has; logits after each row's last, (B, V)."""

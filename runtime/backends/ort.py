@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ class OrtBackend:
         # GroupQueryAttention appends in place instead of copying the whole cache at every token.
         self._dtype = cache_dtype(self._session)
         self._cache = new_cache(spec, limits.max_batch, limits.max_length, self._dtype)
+        self._bindings: dict[tuple[int, int], Any] = {}  # by first row and end
         self._lengths = np.zeros(0, np.int64)
 
     @cached_property
@@ -57,14 +58,14 @@ class OrtBackend:
         """Forget all sequences and begin ``batch`` new ones."""
         self.limits.check_batch(batch)
         self._lengths = np.zeros(batch, np.int64)
-        self._binding = self._bind(0, batch)
 
-    def extend(self, ids: Ids, counts: Ids) -> Logits:
-        """Append tokens to every sequence; (B, S) and (B,) in, (B, V) out."""
-        if self._lengths.any() and ids.shape[1] > 1 and len(ids) > 1:
+    def extend(self, ids: Ids, counts: Ids, first: int = 0) -> Logits:
+        """Append tokens to the sequences from ``first`` on; (B, S) and (B,) in, (B, V) out."""
+        rows = slice(first, first + len(ids))
+        if self._lengths[rows].any() and ids.shape[1] > 1 and len(ids) > 1:
             raise EngineError("ONNX Runtime extends a running batch by one token at a time.", found=str(ids.shape))
-        logits = self._run(self._binding, ids, self._lengths + counts)
-        self._lengths = self._lengths + counts
+        logits = self._run(self._bind(first, first + len(ids)), ids, self._lengths[rows] + counts)
+        self._lengths[rows] += counts
         return logits
 
     def join(self, ids: Ids, counts: Ids) -> Logits:
@@ -73,7 +74,6 @@ class OrtBackend:
         self.limits.check_batch(together)
         logits = self._run(self._bind(running, together), ids, counts)
         self._lengths = np.concatenate([self._lengths, counts])
-        self._binding = self._bind(0, together)
         return logits
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -85,7 +85,16 @@ class OrtBackend:
             used = int(self._lengths.max())
             for buffer in self._cache.values():
                 buffer[to, :, :used] = buffer[source, :, :used]
-        self._binding = self._bind(0, len(rows))
+
+    def save(self, row: int, length: int) -> dict[str, Array]:
+        """A copy of the keys and values of a sequence's first tokens, (KV heads, length, head_dim) each."""
+        return save_row(self._cache, row, length)
+
+    def restore(self, saved: Mapping[str, Array], length: int) -> None:
+        """Let a sequence join that begins with the first tokens of one that was saved."""
+        self.limits.check_batch(len(self._lengths) + 1)
+        restore_row(self._cache, len(self._lengths), saved, length)
+        self._lengths = np.append(self._lengths, length)
 
     def score(self, ids: Ids) -> Logits:
         """Logits at every position of fresh sequences, (B, S, V)."""
@@ -100,6 +109,11 @@ class OrtBackend:
 
     def _bind(self, first: int, end: int) -> Any:
         """A binding in which the sequences from ``first`` up to ``end`` read and extend their cache."""
+        if (first, end) not in self._bindings:
+            self._bindings[first, end] = self._new_binding(first, end)
+        return self._bindings[first, end]
+
+    def _new_binding(self, first: int, end: int) -> Any:
         binding = self._session.io_binding()
         for name, buffer in self._cache.items():
             value = self._ort.OrtValue.ortvalue_from_numpy(buffer[first:end])
@@ -139,6 +153,17 @@ def new_cache(spec: ModelSpec, batch: int, length: int, dtype: npt.DTypeLike) ->
         if shape.has_attention
         for kind in ("key", "value")
     }
+
+
+def save_row(cache: Mapping[str, Array], row: int, length: int) -> dict[str, Array]:
+    """A copy of one row's first ``length`` places."""
+    return {name: buffer[row, :, :length].copy() for name, buffer in cache.items()}
+
+
+def restore_row(cache: Mapping[str, Array], row: int, saved: Mapping[str, Array], length: int) -> None:
+    """Write the first ``length`` places of a copy to a row."""
+    for name, buffer in cache.items():
+        buffer[row, :, :length] = saved[name][:, :length]
 
 
 def open_graph(file: Path, limits: Limits) -> Any:

@@ -6,7 +6,7 @@ rounds by more than the differences that the reference is there to show.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,12 +79,19 @@ class TorchBackend:
         self._cache = self._new_cache()
         self._places = np.zeros((batch, 0), np.int64)  # (B, total): where each cached token stands, -1 for padding
 
-    def extend(self, ids: Ids, counts: Ids) -> Logits:
-        """Append tokens to every sequence; (B, S) and (B,) in, (B, V) out."""
-        lengths = (self._places >= 0).sum(1)
+    def extend(self, ids: Ids, counts: Ids, first: int = 0) -> Logits:
+        """Append tokens to the sequences from ``first`` on; (B, S) and (B,) in, (B, V) out."""
+        rows, running = range(first, first + len(ids)), len(self._places)
+        lengths = (self._places[list(rows)] >= 0).sum(1)
         self.limits.check_length(int((lengths + counts).max()))
-        self._places = np.concatenate([self._places, _places(ids, counts, lengths)], axis=1)
-        return self._run(ids, counts, lengths, self._places, self._cache)
+        parts = [part for part in (range(first), rows, range(rows.stop, running)) if part]
+        caches = [self._cache] if len(parts) == 1 else [self._part(part) for part in parts]
+        places = [self._places[list(part)] for part in parts]
+        at = parts.index(rows)
+        places[at] = np.concatenate([places[at], _places(ids, counts, lengths)], axis=1)
+        logits = self._run(ids, counts, lengths, places[at], caches[at])
+        self._together(caches, places)
+        return logits
 
     def join(self, ids: Ids, counts: Ids) -> Logits:
         """Let new sequences join behind those that are running."""
@@ -93,26 +100,58 @@ class TorchBackend:
         begin = np.zeros_like(counts)
         cache, places = self._new_cache(), _places(ids, counts, begin)
         logits = self._run(ids, counts, begin, places, cache)
-        if not len(self._places):
-            self._cache, self._places = cache, places
-            return logits
-        # Caches of one length: the shorter gets positions in front that nobody attends to.
-        longest = max(self._places.shape[1], places.shape[1])
-        for ours, theirs in zip(self._cache.layers, cache.layers, strict=True):
-            ours.keys = self._stack(ours.keys, theirs.keys, longest)
-            ours.values = self._stack(ours.values, theirs.values, longest)
-        self._places = np.concatenate(
-            [
-                np.pad(part, ((0, 0), (longest - part.shape[1], 0)), constant_values=-1)
-                for part in (self._places, places)
-            ]
-        )
+        self._append(cache, places)
         return logits
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these sequences only."""
         self._cache.batch_select_indices(self._tensor(np.array(rows, np.int64)))
         self._places = self._places[list(rows)]
+
+    def save(self, row: int, length: int) -> dict[str, Any]:
+        """A copy of the keys and values of a sequence's first tokens, (H, length, d) each."""
+        real = self._tensor(np.flatnonzero(self._places[row] >= 0)[:length])
+        pairs = {"key": "keys", "value": "values"}
+        return {
+            f"{index}.{kind}": getattr(layer, name)[row][:, real]
+            for index, layer in enumerate(self._cache.layers)
+            for kind, name in pairs.items()
+        }
+
+    def restore(self, saved: Mapping[str, Any], length: int) -> None:
+        """Let a sequence join that begins with the first tokens of one that was saved."""
+        self.limits.check_batch(len(self._places) + 1)
+        cache = self._new_cache()
+        for index in range(len(saved) // 2):
+            key, value = (saved[f"{index}.{kind}"][None, :, :length] for kind in ("key", "value"))
+            cache.update(key, value, index)
+        self._append(cache, np.arange(length)[None])
+
+    def _part(self, rows: Sequence[int]) -> Any:
+        """The cache of some of the rows."""
+        cache = self._new_cache()
+        for index, layer in enumerate(self._cache.layers):
+            cache.update(layer.keys[rows[0] : rows[-1] + 1], layer.values[rows[0] : rows[-1] + 1], index)
+        return cache
+
+    def _append(self, cache: Any, places: Ids) -> None:
+        if len(self._places):
+            self._together([self._cache, cache], [self._places, places])
+        else:
+            self._cache, self._places = cache, places
+
+    def _together(self, caches: Sequence[Any], places: Sequence[Ids]) -> None:
+        """Go on with the sequences of several caches, one behind the other, in the first cache."""
+        # Caches of one length: the shorter get positions in front that nobody attends to.
+        longest = max(part.shape[1] for part in places)
+        self._cache = caches[0]
+        if len(caches) > 1:
+            for layers in zip(*(cache.layers for cache in caches), strict=True):
+                layers[0].keys = self._stack([layer.keys for layer in layers], longest)
+                layers[0].values = self._stack([layer.values for layer in layers], longest)
+        self._places = np.concatenate(
+            [np.pad(part, ((0, 0), (longest - part.shape[1], 0)), constant_values=-1) for part in places]
+        )
 
     def _run(self, ids: Ids, counts: Ids, begin: Ids, places: Ids, cache: Any) -> Logits:
         """Logits after each row's last token; ``begin`` (B,) is where its first one stands."""
@@ -143,10 +182,10 @@ class TorchBackend:
         lowest = self._torch.finfo(self._model.dtype).min
         return self._tensor(np.where(seen, 0, lowest)[:, None]).to(self._model.dtype)
 
-    def _stack(self, ours: Any, theirs: Any, longest: int) -> Any:
-        """Two caches (B, H, T, d) as one of ``longest`` positions."""
+    def _stack(self, parts: Sequence[Any], longest: int) -> Any:
+        """Caches (B, H, T, d) as one of ``longest`` positions."""
         pad = self._torch.nn.functional.pad
-        return self._torch.cat([pad(part, (0, 0, longest - part.shape[2], 0)) for part in (ours, theirs)])
+        return self._torch.cat([pad(part, (0, 0, longest - part.shape[2], 0)) for part in parts])
 
     def score(self, ids: Ids) -> Logits:
         """Logits at every position of fresh sequences, (B, S, V)."""

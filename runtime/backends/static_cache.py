@@ -6,7 +6,7 @@ then writes in place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from flabc.runtime.backend import Ids, Limits, Logits
 from flabc.spec import ModelSpec
 
 from .fixed_cache import FixedCache
-from .ort import cache_dtype, check_dtype, new_cache, open_graph
+from .ort import Array, cache_dtype, check_dtype, new_cache, open_graph, restore_row, save_row
 
 
 def open_backend(folder: Path, spec: ModelSpec, limits: Limits) -> StaticCacheBackend:
@@ -56,6 +56,13 @@ class StaticCacheBackend(FixedCache):
         to, source = (list(places) for places in zip(*moves, strict=True))
         for buffer in self._cache.values():
             buffer[to, :, :used] = buffer[source, :, :used]
+
+    def save(self, row: int, length: int) -> dict[str, Array]:
+        """A copy of the keys and values of a sequence's first tokens, (KV heads, length, head_dim) each."""
+        return save_row(self._cache, row, length)
+
+    def _put(self, row: int, saved: Mapping[str, Array], length: int) -> None:
+        restore_row(self._cache, row, saved, length)
 
     def score(self, ids: Ids) -> Logits:
         """Logits at every position of fresh sequences, (B, S, V)."""

@@ -240,6 +240,22 @@ class Cache:
         """Room for all rows of a layer's keys or values."""
         return self._memory.allocate(self._rows * max(self._bytes.values(), default=0))
 
+    def read(self, row: int, length: int) -> dict[str, Array]:
+        """A copy of a row's first places, (KV heads, length, H) of bytes of numbers each."""
+        copies = {}
+        for name, shape in self._shapes.items():
+            whole = np.empty((*shape[:2], self._bytes[name] // int(np.prod(shape[:2]))), np.uint8)
+            self._memory.download(self._at[name] + row * self._bytes[name], whole)
+            copies[name] = whole[:, :length].copy()
+        return copies
+
+    def write(self, row: int, saved: Mapping[str, Array], length: int) -> None:
+        """Write a copy's first places to a row; what is behind them becomes nought."""
+        for name, shape in self._shapes.items():
+            whole = np.zeros((*shape[:2], saved[name].shape[2]), np.uint8)
+            whole[:, :length] = saved[name][:, :length]
+            self._memory.upload(self._at[name] + row * self._bytes[name], whole)
+
     def move(self, moves: Sequence[tuple[int, int]]) -> None:
         """Copy rows, all at once: moves are (to, from). They go by way of memory aside, as they may overlap."""
         for name, size in self._bytes.items():
@@ -356,6 +372,13 @@ class TensorRtBackend(FixedCache):
         profile = DECODE if ids.shape[1] == 1 else PREFILL
         arrays = {"input_ids": ids, "write_indices": begin, "token_counts": counts}
         return self._bound.run(profile, arrays, self._cache.rows(first, len(ids)))[:, -1]
+
+    def save(self, row: int, length: int) -> dict[str, Array]:
+        """A copy, in the host's memory, of the keys and values of a sequence's first tokens."""
+        return self._cache.read(row, length)
+
+    def _put(self, row: int, saved: Mapping[str, Array], length: int) -> None:
+        self._cache.write(row, saved, length)
 
     def _move(self, moves: Sequence[tuple[int, int]], used: int) -> None:
         self._cache.move(moves)

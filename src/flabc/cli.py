@@ -10,30 +10,28 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from flabc import __version__
 from flabc.commands.build_options import build_flags, take_build_options
 from flabc.commands.gate import gate
+from flabc.commands.parameters import AT_LEAST_ONE, Size, json_option
+from flabc.commands.serve import serve
 from flabc.errors import NOT_BUILT, FlabcError, UnknownNameError, UsageError
 
 if TYPE_CHECKING:
     from flabc.api import Compressed, Diff, Inspection
     from flabc.exports import Candidate
 
-F = TypeVar("F", bound=Callable[..., Any])
-
 #: Commands whose names are settled and whose work is not in this version.
 PLANNED = {
     "data": "Mine instruction tasks from code.",
     "recover": "Train what was cut back in.",
     "search": "Find per-layer rates by evolution.",
-    "serve": "Serve an engine over an OpenAI-compatible API.",
 }
 
-AT_LEAST_ONE = click.IntRange(1)
 FORCE = click.option("--force", is_flag=True, help="Replace an output folder that is not empty.")
 TIE = click.option("--tie", is_flag=True, help="Tie input and output matrices that a GGUF stores twice.")
 CORPUS = click.option(
@@ -42,21 +40,6 @@ CORPUS = click.option(
     show_default=True,
     help="A built-in corpus, or a file or folder of text.",
 )
-
-
-class Size(click.ParamType[int]):
-    """A number of bytes, as ``6GiB`` or ``500MB``."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Read it, or say how it is written."""
-        from pydantic import ByteSize, TypeAdapter, ValidationError
-
-        try:
-            return int(TypeAdapter(ByteSize).validate_python(value))
-        except ValidationError:
-            self.fail(f"{value!r} is no size; expected a number and a unit, e.g. 6GiB or 500MB.", param, ctx)
 
 
 class Group(click.Group):
@@ -69,11 +52,6 @@ class Group(click.Group):
         if args and self.get_command(ctx, args[0]) is None:
             raise click.UsageError(str(UnknownNameError("command", args[0], self.list_commands(ctx))), ctx)
         return super().resolve_command(ctx, args)
-
-
-def json_option(command: F) -> F:
-    """Add ``--json``."""
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(command)
 
 
 def emit(as_json: bool, data: Any, show: Callable[[], None]) -> None:
@@ -531,6 +509,9 @@ def doctor(as_json: bool) -> None:
             click.echo(f"{signs[finding.status]}  {finding.name:<26} {finding.detail}{fix}")
 
     emit(as_json, {"findings": [finding.model_dump() for finding in findings]}, show)
+
+
+cli.add_command(serve)
 
 
 def _add_planned(name: str, purpose: str) -> None:

@@ -11,6 +11,11 @@
     ├── ArtifactError          a folder that is not what it claims to be
     ├── ParityError            an engine whose answers differ from the reference
     ├── EngineError            an engine that cannot be opened or run
+    ├── RequestError           a request that a server does not answer
+    │   ├── QueueFullError     too many others wait
+    │   ├── ClosedError        the server is shutting down
+    │   ├── CancelledError     whoever asked has gone
+    │   └── DeadlineError      it has taken too long
     └── SandboxError           model-written code that cannot be run safely
 
 A message says what was expected, what was found, and what to do, in one paragraph.
@@ -97,6 +102,35 @@ class ParityError(FlabcError):
 
 class EngineError(FlabcError):
     """An engine that cannot be opened or run."""
+
+
+class RequestError(FlabcError):
+    """A request that a server does not answer, or not to its end."""
+
+
+class QueueFullError(RequestError):
+    """Too many requests wait.
+
+    Args:
+        problem: what went wrong, one sentence.
+        retry_after_s: seconds after which there will probably be room.
+    """
+
+    def __init__(self, problem: str, *, retry_after_s: int) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(problem, fix=f"Try again in {retry_after_s} s.")
+
+
+class ClosedError(RequestError):
+    """The server is shutting down."""
+
+
+class CancelledError(RequestError):
+    """Whoever asked has gone."""
+
+
+class DeadlineError(RequestError):
+    """The request has taken too long."""
 
 
 class SandboxError(FlabcError):

@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 
+from flabc import api
 from flabc.errors import EngineError, UnknownNameError
 from flabc.runtime.backend import Backend, Limits
 from flabc.runtime.session import Session
@@ -65,6 +66,64 @@ def test_torch_says_in_a_ragged_batch_what_transformers_says_of_each_row(
     np.testing.assert_allclose(second, [said[0][5], said[1][40]], atol=2e-4)
     np.testing.assert_allclose(joined, [said[2][8]], atol=2e-4)
     np.testing.assert_allclose(third, [each[-1] for each in said], atol=2e-4)
+
+
+VARIED = ["gemma2-tied", "starcoder2-tied"]
+
+
+@pytest.fixture(params=[*VARIED, "tiny_engine", "tiny_standard_engine", "tiny_checkpoint"])
+def with_reference(
+    request: pytest.FixtureRequest, tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """An engine, or a checkpoint, and the checkpoint that transformers opens."""
+    if request.param not in VARIED:
+        return request.getfixturevalue(request.param), request.getfixturevalue("tiny_checkpoint")
+    out = tmp_path_factory.mktemp("varied") / "engine"
+    api.export(tiny(request.param), out)
+    return out, tiny(request.param)
+
+
+def test_one_sequence_grows_in_pieces_while_others_run(with_reference: tuple[Path, Path]) -> None:
+    """What chunked prefill and reused prefixes do, against transformers on each whole sequence."""
+    from transformers import AutoModelForCausalLM
+
+    engine, checkpoint = with_reference
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+
+    def said(*ids: int) -> Any:
+        with torch.no_grad():
+            return model(torch.tensor([ids]), use_cache=False).logits[0, -1].numpy()
+
+    ids = np.random.default_rng(8).integers(3, 500, 80).tolist()
+    one, two, long = ids[:5], ids[5:12], ids[20:60]
+    backend = opened(engine, max_batch=4, max_length=64)
+    backend.start(0)
+    backend.join(np.array([[*one, 0, 0], two]), np.array([5, 7]))
+    backend.join(np.array([long[:9]]), np.array([9]))
+    ones = np.array([1, 1])
+    for begin, end in ((9, 26), (26, 27), (27, 40)):  # the others get a token between any two pieces
+        one, two = [*one, ids[begin]], [*two, ids[end]]
+        both = backend.extend(np.array([[ids[begin]], [ids[end]]]), ones)
+        np.testing.assert_allclose(both, [said(*one), said(*two)], atol=5e-4)
+        piece = backend.extend(np.array([long[begin:end]]), np.array([end - begin]), first=2)
+        np.testing.assert_allclose(piece[0], said(*long[:end]), atol=5e-4)
+    saved = backend.save(2, 33)
+    backend.keep([1, 2])
+    backend.restore(saved, 30)
+    branch = [*long[:30], 77, 78, 79]
+    np.testing.assert_allclose(
+        backend.extend(np.array([branch[30:]]), np.array([3]), first=2)[0], said(*branch), atol=5e-4
+    )
+    last = backend.extend(np.array([[9], [8], [7]]), np.array([1, 1, 1]))
+    np.testing.assert_allclose(last, [said(*two, 9), said(*long, 8), said(*branch, 7)], atol=5e-4)
+
+
+def test_a_restored_sequence_takes_a_place_too(folder: Path) -> None:
+    backend = opened(folder, max_batch=1)
+    backend.start(1)
+    backend.extend(IDS[:1], np.array([9]))
+    with pytest.raises(EngineError, match=r"batch of 2.*at most 1"):
+        backend.restore(backend.save(0, 9), 9)
 
 
 def test_a_static_cache_takes_ragged_chunks_up_to_its_last_place(

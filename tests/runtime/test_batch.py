@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from flabc.errors import EngineError, UsageError
 from flabc.runtime.backend import Limits
-from flabc.runtime.batch import _compact, generate_batch
+from flabc.runtime.batch import compact, generate_batch
 from flabc.runtime.sampling import SamplingParams
 from flabc.runtime.session import Session
 
@@ -35,7 +35,7 @@ def test_each_is_answered_as_alone(session: Session) -> None:
     assert [together[n] for n in range(len(prompts))] == alone
     for prompt, param, answer in zip(prompts, params, alone, strict=True):
         tokens = session.tokens(prompt, param)
-        assert [next(tokens) for _ in answer.token_ids] == list(answer.token_ids)
+        assert [next(tokens).id for _ in answer.token_ids] == list(answer.token_ids)
 
 
 def test_what_cannot_be_answered_is_told_before_anything_runs(session: Session) -> None:
@@ -54,6 +54,6 @@ def test_a_batch_that_is_full_takes_no_more(session: Session) -> None:
 
 @given(st.lists(st.booleans(), max_size=20))
 def test_gaps_are_filled_from_behind(stays: list[bool]) -> None:
-    rows = _compact(stays)
+    rows = compact(stays)
     assert sorted(rows) == [row for row, kept in enumerate(stays) if kept]
     assert all(row == place or row >= len(rows) for place, row in enumerate(rows))

@@ -266,6 +266,20 @@ def test_every_position_is_scored_and_the_running_sequences_go_on(opened: Any, t
     np.testing.assert_allclose(found, expected, atol=2e-4)
 
 
+def test_beginnings_are_saved_and_restored(opened: Any, torch_backend: Any) -> None:
+    backend = opened()
+    backend.start(1)
+    backend.extend(IDS[:1, :20], np.array([20]))
+    backend.restore(backend.save(0, 18), 15)
+    branch = np.concatenate([IDS[0, :15], [9, 8, 7]])
+    found = backend.extend(branch[None, 15:], np.array([3]), first=1)
+    torch_backend.start(1)
+    np.testing.assert_allclose(found, torch_backend.extend(branch[None], np.array([18])), atol=2e-4)
+    both = backend.extend(np.array([[5], [6]]), np.array([1, 1]))
+    expected = torch_backend.extend(np.array([[6]]), np.array([1]))
+    np.testing.assert_allclose(both[1:], expected, atol=2e-4)
+
+
 def test_a_cache_in_half_precision(exported: tuple[Path, Path, ModelSpec, BuildPlan], tmp_path: Path) -> None:
     """The same graph in ONNX Runtime's own backend says the same to the bit."""
     folder, _, spec, plan = exported

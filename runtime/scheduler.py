@@ -1,0 +1,237 @@
+"""The scheduler: one thread that owns a backend and steps; requests come from any other thread.
+
+Continuous batching as in Orca (Yu et al., 2022), prompts in pieces between the others' tokens as in Sarathi (Agrawal
+et al., 2023). It knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+
+from flabc.errors import ClosedError, DeadlineError, EngineError, QueueFullError
+
+from .batch import Batch, Job
+from .prefixes import PrefixCache
+from .sampling import Token, scored
+from .session import Session
+
+#: Weight of the latest job in the running mean of how long a job takes.
+LATEST = 0.1
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a scheduler allows itself.
+
+    Args:
+        max_queue: jobs that may wait for room, beside those that run.
+        prefill_tokens: prompt tokens that a step computes at most: what those that run wait for.
+        prefix_bytes: what keys and values of earlier sequences may take, for prompts that begin alike; 0 for none.
+        timeout_s: seconds that a job may take, waiting included; None for any.
+    """
+
+    max_queue: int = 64
+    prefill_tokens: int = 256
+    prefix_bytes: int = 256 * 2**20
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Load:
+    """How busy a scheduler is; ``cache`` is the share of all places for keys and values that are in use."""
+
+    running: int
+    waiting: int
+    cache: float
+
+
+class Scheduler:
+    """Answers jobs on a session, as many at once as its ``max_batch`` allows, first come first served.
+
+    Args:
+        session: an opened engine, of which nobody else may make use meanwhile.
+        policy: how much may wait, and for how long.
+        ended: told of every job that ended, in the scheduler's thread.
+    """
+
+    def __init__(
+        self, session: Session, policy: Policy | None = None, ended: Callable[[Job], None] = lambda job: None
+    ) -> None:
+        self.session, self.policy = session, policy or Policy()
+        self.steps = 0
+        self._ended = ended
+        prefixes = PrefixCache(self.policy.prefix_bytes) if self.policy.prefix_bytes else None
+        self._batch = Batch(session.backend, self.policy.prefill_tokens, prefixes)
+        self._changed = threading.Condition()
+        self._arrived: deque[Job] = deque()
+        self._texts: deque[tuple[Sequence[int], int, Future[list[Token]]]] = deque()
+        self._live = 0  # accepted and not ended
+        self._accepting, self._closed = True, False
+        self._job_s = 1.0
+        self._thread = threading.Thread(target=self._run, name="flabc-scheduler", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Scheduler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Accept jobs, all of them or none.
+
+        Raises:
+            ClosedError: if no more are accepted.
+            QueueFullError: if too many wait.
+        """
+        self._accept(len(jobs), lambda: self._arrived.extend(jobs))
+
+    def score(self, ids: Sequence[int], top: int = 0) -> Future[list[Token]]:
+        """Log-probabilities of every token of a sequence but the first, and of the ``top`` most likely in its place.
+
+        Raises:
+            ClosedError: if no more are accepted.
+            QueueFullError: if too many wait.
+        """
+        future: Future[list[Token]] = Future()
+        self._accept(1, lambda: self._texts.append((ids, top, future)))
+        return future
+
+    def load(self) -> Load:
+        """How busy it is at this moment."""
+        limits = self.session.backend.limits
+        rows = self._batch.rows
+        used = sum(job.length for job in rows) / (limits.max_batch * limits.max_length)
+        return Load(len(rows), max(0, self._live - len(rows)), used)
+
+    @property
+    def alive(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def accepting(self) -> bool:
+        """Whether jobs are accepted."""
+        return self._accepting and self.alive
+
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Accept no more; wait until those accepted have ended. Whether they did in time."""
+        with self._changed:
+            self._accepting = False
+            return self._changed.wait_for(lambda: not self._live, timeout_s)
+
+    def close(self) -> None:
+        """End at once: jobs that have not ended fail with ``ClosedError``."""
+        with self._changed:
+            self._accepting, self._closed = False, True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def check(self, count: int) -> None:
+        """Refuse so many jobs if they would be refused now: before anything is spent on them.
+
+        Raises:
+            ClosedError: if no more are accepted.
+            QueueFullError: if too many wait.
+        """
+        limits = self.session.backend.limits
+        if not self.accepting:
+            raise ClosedError("The server is shutting down.", fix="Ask another one, or this one later.")
+        room = self.policy.max_queue + limits.max_batch - self._live
+        if count > room:
+            waits = math.ceil(self._job_s * (1 + self.policy.max_queue / limits.max_batch))
+            raise QueueFullError(
+                f"{self._live} requests run or wait, and there is room for {room} more.",
+                retry_after_s=min(60, waits),
+            )
+
+    def _accept(self, count: int, add: Callable[[], None]) -> None:
+        with self._changed:
+            self.check(count)
+            self._live += count
+            add()
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        """Step while there is work; whatever ends this, nobody is left waiting."""
+        try:
+            while self._wait():
+                self._expire()
+                self._score()
+                for job in self._step():
+                    self._end(job)
+        finally:
+            self._stop()
+
+    def _step(self) -> list[Job]:
+        self.steps += 1
+        try:
+            return self._batch.step()
+        except Exception as error:  # a runtime's exceptions share no root; the next requests may fare better
+            taken = self._batch.abandon()
+            for job in taken:
+                job.fail(EngineError(f"The engine failed: {error}"))
+            return taken
+
+    def _wait(self) -> bool:
+        """Wait for work and take it in; False once closed."""
+        with self._changed:
+            batch = self._batch
+            self._changed.wait_for(lambda: self._closed or self._arrived or self._texts or batch.waiting or batch.rows)
+            batch.waiting.extend(self._arrived)
+            self._arrived.clear()
+            return not self._closed
+
+    def _expire(self) -> None:
+        """Fail the jobs that have taken too long."""
+        if self.policy.timeout_s is None:
+            return
+        latest = time.monotonic() - self.policy.timeout_s
+        for job in [*self._batch.rows, *self._batch.waiting]:
+            if job.marks["made"] < latest:
+                job.fail(DeadlineError(f"The request took longer than {self.policy.timeout_s:g} s."))
+
+    def _score(self) -> None:
+        """Score one text: those that run wait for no more than that."""
+        if not self._texts:
+            return
+        ids, top, future = self._texts.popleft()
+        if future.set_running_or_notify_cancel():
+            try:
+                logits = self.session.backend.score(np.array([ids[:-1]], np.int64))[0] if len(ids) > 1 else []
+                future.set_result([scored(row, index, top) for row, index in zip(logits, ids[1:], strict=True)])
+            except Exception as error:
+                future.set_exception(EngineError(f"The engine failed: {error}"))
+        self._less(1)
+
+    def _end(self, job: Job) -> None:
+        taken = time.monotonic() - job.marks.get("started", job.marks["made"])
+        self._job_s += LATEST * (taken - self._job_s)
+        job.mark("ended")
+        self._ended(job)
+        self._less(1)
+
+    def _less(self, count: int) -> None:
+        with self._changed:
+            self._live -= count
+            self._changed.notify_all()
+
+    def _stop(self) -> None:
+        """Fail whatever is left."""
+        closed = ClosedError("The server has shut down before the answer was whole.")
+        with self._changed:
+            self._accepting = False
+        for job in [*self._batch.abandon(), *self._batch.waiting, *self._arrived]:
+            job.fail(closed)
+            self._end(job)
+        for *_, future in self._texts:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(closed)

@@ -1,0 +1,111 @@
+"""The server's process: socket, signals, and an end that leaves no accepted request unanswered."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from flabc.errors import EngineError
+from flabc.runtime.scheduler import Scheduler
+
+from .guard import LOG, JsonLines
+
+#: Seconds in which connections may be closed once all is answered.
+CLOSING_S = 5
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket on an address; port 0 takes any that is free.
+
+    Raises:
+        EngineError: if the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise EngineError(f"Cannot listen on {host}:{port}: {error.strerror}", fix="Give another --port.") from error
+
+
+def serve(app: FastAPI, listening: socket.socket, *, drain_s: float, started: Callable[[], None]) -> None:
+    """Serve until told to stop by SIGTERM or SIGINT; the first lets all accepted requests end, the second does not.
+
+    Args:
+        app: what ``app.build`` made.
+        listening: from ``listen``.
+        drain_s: seconds that accepted requests have to end.
+        started: called when requests are answered.
+    """
+    _log_json()
+    scheduler: Scheduler = app.state.served.scheduler
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=CLOSING_S, server_header=False
+    )
+    try:
+        _Server(config, scheduler, drain_s, started).run(sockets=[listening])
+    finally:
+        scheduler.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, which goes on answering probes and telling clients of it while requests end."""
+
+    def __init__(
+        self, config: uvicorn.Config, scheduler: Scheduler, drain_s: float, started: Callable[[], None]
+    ) -> None:
+        super().__init__(config)
+        self._scheduler, self._drain_s, self._when_started = scheduler, drain_s, started
+        self._draining: threading.Thread | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, and say so."""
+        await super().startup(sockets)
+        self._when_started()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Take the signals; unlike uvicorn's own, do not die of them once all is done."""
+        before = {number: signal.signal(number, self.handle_exit) for number in STOPPING}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, the second ends at once."""
+        if self._draining is not None:
+            os._exit(128 + sig)
+        self._draining = threading.Thread(target=self._drain, daemon=True)
+        self._draining.start()
+
+    def _drain(self) -> None:
+        LOG.info(
+            "draining", extra={"fields": {"live": self._scheduler.load().running + self._scheduler.load().waiting}}
+        )
+        if not self._scheduler.drain(self._drain_s):
+            LOG.warning("requests were cut off", extra={"fields": {"after_s": self._drain_s}})
+            self._scheduler.close()
+        self.should_exit = True
+
+
+def _log_json() -> None:
+    """Log JSON lines to stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for name in ("flabc.server", "uvicorn.error"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO)
