@@ -267,7 +267,7 @@ def test_every_position_is_scored_and_the_running_sequences_go_on(opened: Any, t
 
 
 def test_beginnings_are_saved_and_restored(opened: Any, torch_backend: Any) -> None:
-    backend = opened()
+    backend = opened(max_batch=2)
     backend.start(1)
     backend.extend(IDS[:1, :20], np.array([20]))
     backend.restore(backend.save(0, 18), 15)
