@@ -13,11 +13,11 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flabc.runtime.measure.result import BenchResult, Side
+from flabc.runtime.measure.result import BenchResult, Energy, Side
 
 from .plots import plots, svg
-from .statistics import percentiles
-from .table import Row, as_markdown, interval_text, quantity, rows, times
+from .statistics import median, percentiles
+from .table import Row, as_markdown, conversion, interval_text, quantity, rows, times
 
 if TYPE_CHECKING:
     pass
@@ -102,11 +102,37 @@ def facts(result: BenchResult) -> dict[str, dict[str, str]]:
         "held-out text": _heldout(result.baseline),
         "measured": result.created.isoformat(),
     }
-    return {"Engines": engines, "Workload": workload, "Environment": _flat(result.environment)}
+    limits = dict(_limits(result))
+    return {"Engines": engines, "Workload": workload, "Limits": limits, "Environment": _flat(result.environment)}
+
+
+def _limits(result: BenchResult) -> Iterator[tuple[str, str]]:
+    """What the machine can do, what was made of it, and what else it did meanwhile."""
+    if result.roofline is not None:
+        yield "memory bandwidth", f"{result.roofline.bandwidth_gib_s:.1f} GiB/s, all cores reading"
+        yield "arithmetic", f"{result.roofline.gflops:.0f} GFLOP/s in float32, numpy's BLAS on all cores"
+    converted = conversion(result)
+    if converted is not None:
+        yield "saved bytes that became saved time", f"{converted:.0%} (speed-up of decode over the ratio of bytes read)"
+    if result.foreign_cores:
+        most = max(result.foreign_cores)
+        yield "others' use of the machine", f"{median(result.foreign_cores):.2f} cores, at most {most:.2f} in a round"
+    for name, side in (("dense", result.baseline), ("pruned", result.candidate)):
+        if side.energy is not None:
+            yield f"energy, {name}", _energy(side.energy)
+
+
+def _energy(energy: Energy) -> str:
+    if energy.joules_per_token is None:
+        return f"not measured: {energy.missing}"
+    return (
+        f"{energy.joules_per_token:.3g} J per output token by {energy.counter} over {energy.window_s:.1f} s, "
+        f"{energy.idle_w:.1f} W of idle power taken off"
+    )
 
 
 def spreads(result: BenchResult) -> Iterator[tuple[str, str, dict[str, float]]]:
-    """Yield metric, side, and p50, p90 and p99 in ms; token times are pooled over all runs."""
+    """Yield metric, side, and p50, p90, p95 and p99 in ms; token times are pooled over all runs."""
     for name, side in (("dense", result.baseline), ("pruned", result.candidate)):
         if side.samples:
             yield "time to first token", name, percentiles([sample.ttft_ms for sample in side.samples])

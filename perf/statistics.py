@@ -18,7 +18,7 @@ RESAMPLES = 10_000
 SEED = 20_240_229
 
 #: The percentiles that serving people quote.
-QUANTILES = (50, 90, 99)
+QUANTILES = (50, 90, 95, 99)
 
 
 def median(samples: Sequence[float]) -> float:
@@ -40,7 +40,7 @@ def percentile(samples: Sequence[float], q: float) -> float:
 
 
 def percentiles(samples: Sequence[float]) -> dict[str, float]:
-    """p50, p90 and p99 of the samples, by name."""
+    """p50, p90, p95 and p99 of the samples, by name."""
     return {f"p{q}": percentile(samples, q) for q in QUANTILES}
 
 

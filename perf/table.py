@@ -63,6 +63,7 @@ def rows(result: BenchResult) -> list[Row]:
     return [
         *_sizes(dense, pruned),
         *_times(dense, pruned),
+        *_limits(result),
         *_memory(dense, pruned),
         *_quality(dense, pruned),
         *_cache(dense, pruned),
@@ -168,8 +169,41 @@ def _times(dense: Side, pruned: Side) -> Iterator[Row]:
     )
 
 
+def _limits(result: BenchResult) -> Iterator[Row]:
+    """How near each phase comes to what the machine can do: a token reads all weights, a prompt multiplies them."""
+    roof, sides = result.roofline, (result.baseline, result.candidate)
+    if roof is None or not all(side.samples and side.bytes_per_token for side in sides):
+        return
+    dense, pruned = (_bandwidth_share(side, roof.bandwidth_gib_s) for side in sides)
+    yield _row("decode_bandwidth", "decode, of memory bandwidth", "%", dense, pruned, "higher")
+    dense, pruned = (_arithmetic_share(side, roof.gflops, result.workload.prompt_tokens) for side in sides)
+    yield _row("prefill_arithmetic", "prefill, of float32 arithmetic", "%", dense, pruned, "higher")
+
+
+def _bandwidth_share(side: Side, bandwidth_gib_s: float) -> float:
+    least_ms = 1000 * (side.bytes_per_token or 0) / 2**30 / bandwidth_gib_s
+    return 100 * least_ms / median([sample.tpot_ms for sample in side.samples])
+
+
+def _arithmetic_share(side: Side, gflops: float, prompt_tokens: int) -> float:
+    least_ms = side.spec.flops_per_token() * prompt_tokens / gflops / 1e6
+    return 100 * least_ms / median([sample.ttft_ms for sample in side.samples])
+
+
+def conversion(result: BenchResult) -> float | None:
+    """How much of the bytes saved became time saved: the decode's speed-up over the ratio of bytes read."""
+    dense, pruned = result.baseline, result.candidate
+    if not (dense.samples and pruned.samples and dense.bytes_per_token and pruned.bytes_per_token):
+        return None
+    speed_up = 1 / median_ratio(*([sample.tpot_ms for sample in side.samples] for side in (pruned, dense)))
+    return speed_up / (dense.bytes_per_token / pruned.bytes_per_token)
+
+
 def _memory(dense: Side, pruned: Side) -> Iterator[Row]:
     yield _row("peak_memory_mib", "peak memory", "MiB", dense.peak_rss_mib, pruned.peak_rss_mib)
+    joules = [side.energy.joules_per_token if side.energy else None for side in (dense, pruned)]
+    if joules[0] is not None and joules[1] is not None:
+        yield _row("joules_per_token", "energy per token, above idle", "J", joules[0], joules[1])
 
 
 def _quality(dense: Side, pruned: Side) -> Iterator[Row]:
@@ -189,8 +223,8 @@ def _cache(dense: Side, pruned: Side) -> Iterator[Row]:
         yield _row("kv_bytes_per_token", "KV cache per token (float32)", "bytes", *both)
 
 
-def _row(key: str, label: str, unit: str, dense: float, pruned: float) -> Row:
-    return Row(key, label, unit, dense, pruned, pruned / dense, interval=None, better="lower")
+def _row(key: str, label: str, unit: str, dense: float, pruned: float, better: Better = "lower") -> Row:
+    return Row(key, label, unit, dense, pruned, pruned / dense, interval=None, better=better)
 
 
 def _timed(

@@ -16,8 +16,11 @@ from flabc.errors import EngineError
 from flabc.runtime.evaluate.perplexity import Perplexity
 from flabc.spec import ModelSpec
 
+from .energy import find_counter, measure_energy
 from .environment import environment
-from .result import BenchResult, Sample, Side, Workload
+from .foreign import ForeignLoad
+from .result import BenchResult, Energy, Sample, Side, Workload
+from .roofline import bytes_per_token, measure_roofline
 
 #: Warm-up ends when a run is within this share of the one before, or after this many runs.
 STEADY, MAX_WARMUPS = 0.1, 6
@@ -95,37 +98,58 @@ def bench(
     Raises:
         EngineError: if an engine cannot be opened, dies, or does not produce the tokens it should.
     """
-    machine = environment()
+    machine, foreign = environment(), list[float]()
+    roofline = measure_roofline()
     with opened(baseline, workload) as a, opened(candidate, workload) as b:
         warmups = {side: warm_up(side, prompts[0], workload) for side in (a, b)}
         samples: dict[Process, list[Sample]] = {a: [], b: []}
         with progress("measuring", 4 * workload.rounds) as advance:
             for turn in range(workload.rounds):
                 # ABBA: whatever drifts steadily hits both sides alike.
-                for side in (a, b, b, a):
-                    samples[side].append(side.run(prompts[turn % len(prompts)], workload))
-                    advance(1)
-        sides = [_side(side, samples[side], warmups[side], heldout) for side in (a, b)]
+                with ForeignLoad([a.pid, b.pid]) as others:
+                    for side in (a, b, b, a):
+                        samples[side].append(side.run(prompts[turn % len(prompts)], workload))
+                        advance(1)
+                foreign.append(round(others.cores, 3))
+        energies = {side: _energy(side, prompts[0], workload) for side in (a, b)}
+        sides = [_side(side, samples[side], warmups[side], energies[side], heldout) for side in (a, b)]
     return BenchResult(
         created=datetime.now(UTC).replace(microsecond=0),
         environment=machine,
         workload=workload,
         baseline=sides[0],
         candidate=sides[1],
+        roofline=roofline,
+        foreign_cores=tuple(foreign),
     )
 
 
-def _side(process: Process, samples: Sequence[Sample], warmups: int, heldout: Sequence[str]) -> Side:
+def _energy(process: Process, prompt: str, workload: Workload) -> Energy:
+    counter = find_counter()
+    if isinstance(counter, str):
+        return Energy(missing=counter)
+
+    def work() -> int:
+        process.run(prompt, workload)
+        return workload.output_tokens
+
+    return measure_energy(counter, work)
+
+
+def _side(process: Process, samples: Sequence[Sample], warmups: int, energy: Energy, heldout: Sequence[str]) -> Side:
     memory = process.call("memory")  # before scoring, which needs more than serving does
+    spec = ModelSpec.model_validate(process.description["spec"])
     return Side(
         engine=str(process.folder),
-        spec=ModelSpec.model_validate(process.description["spec"]),
+        spec=spec,
         bytes_on_disk=sum(file.stat().st_size for file in process.folder.rglob("*") if file.is_file()),
         load_ms=process.description["load_ms"],
         peak_rss_mib=memory["peak_rss_mib"],
         warmup_runs=warmups,
         samples=tuple(samples),
         perplexity=Perplexity.model_validate(process.call("score", texts=list(heldout))) if heldout else None,
+        bytes_per_token=bytes_per_token(process.folder, spec),
+        energy=energy,
     )
 
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from flabc.runtime.evaluate.perplexity import Perplexity
 from flabc.spec import ModelSpec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Record(BaseModel):
@@ -50,8 +50,41 @@ class Sample(Record):
         return 1000 * (1 + len(self.token_ms)) / self.total_ms
 
 
+class Roofline(Record):
+    """What the machine can do at best.
+
+    Args:
+        bandwidth_gib_s: memory read per second by all cores, GiB/s.
+        gflops: float32 multiply-adds of large matrices per second by numpy's BLAS on all cores, each counted as two
+            operations, 1e9/s.
+    """
+
+    bandwidth_gib_s: float
+    gflops: float
+
+
+class Energy(Record):
+    """What a counter read; ``joules_per_token`` is None where there is none, and ``missing`` says why.
+
+    Args:
+        counter: which one.
+        joules_per_token: above idle, prompt included.
+        idle_w: what the machine used while nothing ran, W; it is taken off.
+        window_s: how long was counted.
+        tokens: output tokens made meanwhile.
+        missing: why nothing could be read.
+    """
+
+    counter: str | None = None
+    joules_per_token: float | None = None
+    idle_w: float | None = None
+    window_s: float | None = None
+    tokens: int | None = None
+    missing: str | None = None
+
+
 class Side(Record):
-    """One engine and all that was measured of it."""
+    """One engine and all that was measured of it; ``bytes_per_token`` are the weights that an output token reads."""
 
     engine: str
     spec: ModelSpec
@@ -61,10 +94,15 @@ class Side(Record):
     warmup_runs: int
     samples: tuple[Sample, ...]
     perplexity: Perplexity | None = None
+    bytes_per_token: int | None = None
+    energy: Energy | None = None
 
 
 class BenchResult(Record):
-    """Two engines measured side by side. ``flabc.json`` beside it says what made them."""
+    """Two engines measured side by side. ``flabc.json`` beside it says what made them.
+
+    ``foreign_cores`` has the cores that others kept busy, on average, during each round.
+    """
 
     schema_version: int = SCHEMA_VERSION
     created: datetime
@@ -72,3 +110,5 @@ class BenchResult(Record):
     workload: Workload
     baseline: Side
     candidate: Side
+    roofline: Roofline | None = None
+    foreign_cores: tuple[float, ...] = ()

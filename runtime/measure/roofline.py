@@ -10,10 +10,14 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 
-from .result import Record
+from flabc.artifact import GRAPH
+from flabc.spec import ModelSpec
+
+from .result import Roofline
 
 #: Bytes that are read at once: far more than caches hold.
 READ = 256 * 2**20
@@ -25,22 +29,21 @@ SIDE = 2048
 REPEATS = 5
 
 
-class Roofline(Record):
-    """What the machine can do.
-
-    Args:
-        bandwidth_gib_s: memory read per second by all threads, GiB/s.
-        gflops: float32 multiply-adds of large matrices per second by numpy's BLAS on all cores, each counted as two
-            operations, 1e9/s.
-    """
-
-    bandwidth_gib_s: float
-    gflops: float
-
-
 def measure_roofline() -> Roofline:
     """Measure it with all cores; takes some two seconds."""
     return Roofline(bandwidth_gib_s=_bandwidth(os.cpu_count() or 1), gflops=_throughput())
+
+
+def bytes_per_token(folder: Path, spec: ModelSpec) -> int:
+    """Bytes of weights that one output token of one sequence reads: all but an input embedding of its own.
+
+    Args:
+        folder: the engine's.
+        spec: its shapes.
+    """
+    stored = (folder / f"{GRAPH}.data").stat().st_size
+    looked_up = 0 if spec.tie_word_embeddings else spec.vocab_size * spec.hidden_size
+    return round(stored * (1 - looked_up / spec.num_parameters))
 
 
 def _bandwidth(threads: int) -> float:

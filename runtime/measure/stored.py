@@ -15,7 +15,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from flabc.artifact import GRAPH
 from flabc.errors import ArtifactError, EngineError
 from flabc.spec import ModelSpec
 
@@ -23,8 +22,8 @@ from .bench import Process, opened, warm_up
 from .environment import environment
 from .foreign import ForeignLoad
 from .pairs import Pair
-from .result import Record, Sample, Workload
-from .roofline import Roofline, measure_roofline
+from .result import Record, Roofline, Sample, Workload
+from .roofline import bytes_per_token, measure_roofline
 
 SCHEMA_VERSION = 1
 
@@ -146,7 +145,7 @@ def _runs(
 ) -> Iterator[tuple[tuple[Sample, Sample], float]]:
     """Two runs at a time, as multiples of the roofline, and the cores that others used meanwhile."""
     spec = ModelSpec.model_validate(process.description["spec"])
-    weights = (process.folder / f"{GRAPH}.data").stat().st_size
+    weights = bytes_per_token(process.folder, spec)
     for turn in count():
         if turn % RENEWED == 0:
             roofline = measure_roofline()

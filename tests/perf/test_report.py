@@ -12,7 +12,7 @@ import pytest
 
 from flabc.errors import MissingExtraError
 from flabc.perf import plots, report, table
-from flabc.runtime.measure.result import BenchResult, Sample
+from flabc.runtime.measure.result import BenchResult, Energy, Roofline, Sample
 
 HOSTILE = "</title><script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -236,3 +236,23 @@ def test_import_brings_neither_matplotlib_nor_torch() -> None:
     code = f"import sys, flabc.perf.report; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_limits_foreign_load_and_energy_are_told(result: BenchResult, tmp_path: Path) -> None:
+    read = Energy(counter="RAPL", joules_per_token=0.1234, idle_w=20, window_s=2.5, tokens=50)
+    sides = {
+        "baseline": result.baseline.model_copy(update={"bytes_per_token": 2**29, "energy": read}),
+        "candidate": result.candidate.model_copy(
+            update={"bytes_per_token": 2**28, "energy": Energy(missing="no counter here")}
+        ),
+    }
+    about = {"roofline": Roofline(bandwidth_gib_s=10.04, gflops=98.7), "foreign_cores": (0.1, 0.2, 0.9)}
+    limits = report.facts(result.model_copy(update={**sides, **about}))["Limits"]
+    assert limits["memory bandwidth"].startswith("10.0 GiB/s")
+    assert limits["arithmetic"].startswith("99 GFLOP/s")
+    assert limits["others' use of the machine"] == "0.20 cores, at most 0.90 in a round"
+    assert limits["energy, dense"].startswith("0.123 J per output token by RAPL over 2.5 s, 20.0 W")
+    assert limits["energy, pruned"] == "not measured: no counter here"
+    assert limits["saved bytes that became saved time"][:3] in ("64%", "65%", "66%")  # 1.3 times as fast, half the bytes
+    report.write_markdown(result.model_copy(update={**sides, **about}), tmp_path / "r.md")
+    assert "## Limits" in (tmp_path / "r.md").read_text()

@@ -14,7 +14,7 @@ def test_median_and_percentiles_of_known_samples() -> None:
     samples = [float(i) for i in range(101)]
     assert median(samples) == 50
     assert percentile(samples, 25) == 25
-    assert percentiles(samples) == {"p50": 50, "p90": 90, "p99": 99}
+    assert percentiles(samples) == {"p50": 50, "p90": 90, "p95": 95, "p99": 99}
 
 
 def test_median_ratio_ignores_an_outlier() -> None:

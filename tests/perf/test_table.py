@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from flabc.perf.table import Row, as_dict, as_markdown, as_rich, interval_text, quantity, rows, times
-from flabc.runtime.measure.result import BenchResult, Sample
+from flabc.perf.table import Row, as_dict, as_markdown, as_rich, conversion, interval_text, quantity, rows, times
+from flabc.runtime.measure.result import BenchResult, Roofline, Sample
 
 KEYS = [
     "parameters",
@@ -36,6 +36,34 @@ def row(ratio: float, interval: tuple[float, float] | None = None, better: Any =
 
 def test_rows_come_in_the_readers_order(result: BenchResult) -> None:
     assert [row.key for row in rows(result)] == KEYS
+
+
+def limited(result: BenchResult) -> BenchResult:
+    """On a machine of 10 GiB/s and 100 GFLOP/s, the pruned engine reading 3/4 of the bytes."""
+    sizes = {"baseline": 2**29, "candidate": 3 * 2**27}
+    sides = {name: getattr(result, name).model_copy(update={"bytes_per_token": size}) for name, size in sizes.items()}
+    return result.model_copy(update={**sides, "roofline": Roofline(bandwidth_gib_s=10, gflops=100)})
+
+
+def test_phases_as_shares_of_the_roofline_by_hand(result: BenchResult) -> None:
+    dense = tuple(Sample(ttft_ms=500, token_ms=(100, 100)) for _ in range(3))
+    pruned = tuple(Sample(ttft_ms=500, token_ms=(80, 80)) for _ in range(3))
+    sides = {
+        "baseline": result.baseline.model_copy(update={"samples": dense}),
+        "candidate": result.candidate.model_copy(update={"samples": pruned}),
+    }
+    near = limited(result.model_copy(update=sides))
+    table = {row.key: row for row in rows(near)}
+    assert (table["decode_bandwidth"].dense, table["decode_bandwidth"].pruned) == (50, pytest.approx(46.875))
+    operations = near.baseline.spec.flops_per_token() * near.workload.prompt_tokens
+    assert table["prefill_arithmetic"].dense == pytest.approx(100 * operations / 100e9 / 0.5)
+    assert table["decode_bandwidth"].verdict == "worse"
+    assert conversion(near) == pytest.approx(1.25 / (4 / 3))
+
+
+def test_without_a_roofline_there_are_no_shares_and_no_conversion_without_bytes(result: BenchResult) -> None:
+    assert conversion(result) is None
+    assert "decode_bandwidth" not in {row.key for row in rows(limited(result).model_copy(update={"roofline": None}))}
 
 
 def test_parameters_of_smollm2_are_the_published_count(result: BenchResult) -> None:
