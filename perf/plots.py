@@ -13,11 +13,11 @@ from io import StringIO
 from typing import TYPE_CHECKING
 
 from flabc.errors import require
-from flabc.runtime.measure.result import BenchResult, Sample, Side
+from flabc.runtime.measure.result import BenchResult, Cell, Sample, Side
 from flabc.spec import ModelSpec
 
 from .statistics import median, percentile
-from .table import quantity, scaled
+from .table import cells, quantity, scaled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,6 +75,8 @@ def plots(result: BenchResult) -> list[Plot]:
     drawn = list(_distributions(dense, pruned))
     if _paces(dense.samples) and _paces(pruned.samples):
         drawn.append(_over_position(dense.samples, pruned.samples))
+    if len({cell.batch for cell in _batches(result)}) > 1:
+        drawn.append(_over_batch(_batches(result)))
     return [*drawn, _by_component(dense.spec, pruned.spec), *_shapes(dense.spec, pruned.spec)]
 
 
@@ -181,6 +183,40 @@ def _paces(samples: Sequence[Sample]) -> list[tuple[float, float, float]]:
     """p10, median and p90 in ms of each token after the first, over runs."""
     columns = zip(*(sample.token_ms for sample in samples), strict=False)
     return [(percentile(ms, 10), median(ms), percentile(ms, 90)) for ms in columns]
+
+
+def _batches(result: BenchResult) -> list[Cell]:
+    """The cells at the first length of prompts, by batch."""
+    return sorted(
+        (cell for cell in cells(result) if cell.prompt_tokens == result.workload.prompt_tokens),
+        key=lambda cell: cell.batch,
+    )
+
+
+def _over_batch(swept: Sequence[Cell]) -> Plot:
+    sides = {"dense": [cell.baseline for cell in swept], "pruned": [cell.candidate for cell in swept]}
+    batches = [cell.batch for cell in swept]
+    rates = {
+        side: [1000 * size / median([s.tpot_ms for s in runs]) for size, runs in zip(batches, found, strict=True)]
+        for side, found in sides.items()
+    }
+    spoken = "; ".join(
+        f"{side}: "
+        + ", ".join(f"{rate:.0f} tokens per second at {size}" for size, rate in zip(batches, at, strict=True))
+        for side, at in rates.items()
+    )
+
+    def draw(axes: Axes) -> None:
+        for side, at in rates.items():
+            axes.plot(batches, at, color=INKS[side], linewidth=1.8, marker="o", markersize=4)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(batches, [str(size) for size in batches])
+        axes.set_ylim(0, 1.1 * max(max(at) for at in rates.values()))
+        axes.grid(axis="y", color=INKS["grid"], linewidth=0.8)
+        axes.set_xlabel("batch")
+        axes.set_ylabel("tokens/s")
+
+    return Plot("batch", "Decode by batch", "Tokens per second of all sequences together, medians.", spoken, draw)
 
 
 def _by_component(dense: ModelSpec, pruned: ModelSpec) -> Plot:

@@ -13,11 +13,11 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flabc.runtime.measure.result import BenchResult, Energy, Side
+from flabc.runtime.measure.result import BenchResult, Cell, Energy, Side
 
 from .plots import plots, svg
-from .statistics import median, percentiles
-from .table import Row, as_markdown, conversion, interval_text, quantity, rows, times
+from .statistics import median, median_ratio, median_ratio_interval, percentiles
+from .table import Row, as_markdown, cells, conversion, interval_text, quantity, rows, significant, times
 
 if TYPE_CHECKING:
     pass
@@ -55,6 +55,7 @@ def write_html(result: BenchResult, file: Path, title: str = TITLE) -> None:
         plots=[(plot, Markup(svg(plot))) for plot in plots(result)],
         sides={"dense": result.baseline, "pruned": result.candidate},
         spreads=list(spreads(result)),
+        sweep=sweep(result),
         facts=facts(result),
         quantity=quantity,
         times=times,
@@ -67,6 +68,9 @@ def write_markdown(result: BenchResult, file: Path, title: str = TITLE) -> None:
     """Write the summary, the table, the workload and the environment as Markdown."""
     table = rows(result)
     parts = [f"# {_prose(title)}\n", summary(table) + "\n", as_markdown(table)]
+    if swept := sweep(result):
+        lines = [list(swept[0]), ["---:"] * len(swept[0]), *(list(row.values()) for row in swept)]
+        parts += ["## Sweep\n", "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"]
     for heading, pairs in facts(result).items():
         parts.append(f"## {heading}\n")
         parts.append("".join(f"- {_prose(name)}: {_code(value)}\n" for name, value in pairs.items()))
@@ -95,6 +99,7 @@ def facts(result: BenchResult) -> dict[str, dict[str, str]]:
     engines = {"dense": _engine(result.baseline), "pruned": _engine(result.candidate)}
     workload = {
         "prompt tokens": str(work.prompt_tokens),
+        "batch": f"{work.batch}, times are of all sequences at once" if work.batch > 1 else "1",
         "output tokens": str(work.output_tokens),
         "rounds": f"{work.rounds}, each dense, pruned, pruned, dense",
         "threads": "the runtime's choice" if work.threads is None else str(work.threads),
@@ -129,6 +134,26 @@ def _energy(energy: Energy) -> str:
         f"{energy.joules_per_token:.3g} J per output token by {energy.counter} over {energy.window_s:.1f} s, "
         f"{energy.idle_w:.1f} W of idle power taken off"
     )
+
+
+def sweep(result: BenchResult) -> list[dict[str, str]]:
+    """A row for each length of prompts and batch: tokens per second of both sides, and their ratios."""
+    return [_cell(cell, result.workload.output_tokens) for cell in cells(result)] if result.sweep else []
+
+
+def _cell(cell: Cell, output_tokens: int) -> dict[str, str]:
+    sides = cell.baseline, cell.candidate
+    row = {"prompt": str(cell.prompt_tokens), "batch": str(cell.batch)}
+    phases = {
+        "prefill": (cell.prompt_tokens, [[sample.ttft_ms for sample in side] for side in sides]),
+        "decode": (1, [[sample.tpot_ms for sample in side] for side in sides]),
+    }
+    for name, (tokens, (dense, pruned)) in phases.items():
+        for side, times_ms in (("dense", dense), ("pruned", pruned)):
+            row[f"{name} tok/s, {side}"] = significant(1000 * cell.batch * tokens / median(times_ms), 3)
+        low, high = median_ratio_interval(dense, pruned)
+        row[f"{name}, times as fast"] = f"{times(median_ratio(dense, pruned))} ({interval_text((low, high))})"
+    return row
 
 
 def spreads(result: BenchResult) -> Iterator[tuple[str, str, dict[str, float]]]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from math import floor, log10
 from typing import TYPE_CHECKING, Any, Literal
 
-from flabc.runtime.measure.result import BenchResult, Sample, Side
+from flabc.runtime.measure.result import BenchResult, Cell, Sample, Side
 
 from .statistics import median, median_ratio, median_ratio_interval
 
@@ -68,6 +68,18 @@ def rows(result: BenchResult) -> list[Row]:
         *_quality(dense, pruned),
         *_cache(dense, pruned),
     ]
+
+
+def cells(result: BenchResult) -> list[Cell]:
+    """What was measured in full, and the sweep behind it."""
+    work, sides = result.workload, (result.baseline, result.candidate)
+    first = Cell(
+        prompt_tokens=work.prompt_tokens,
+        batch=work.batch,
+        baseline=sides[0].samples,
+        candidate=sides[1].samples,
+    )
+    return [first, *result.sweep]
 
 
 def as_dict(table: Sequence[Row]) -> dict[str, dict[str, Any]]:
@@ -171,12 +183,12 @@ def _times(dense: Side, pruned: Side) -> Iterator[Row]:
 
 def _limits(result: BenchResult) -> Iterator[Row]:
     """How near each phase comes to what the machine can do: a token reads all weights, a prompt multiplies them."""
-    roof, sides = result.roofline, (result.baseline, result.candidate)
+    roof, work, sides = result.roofline, result.workload, (result.baseline, result.candidate)
     if roof is None or not all(side.samples and side.bytes_per_token for side in sides):
         return
     dense, pruned = (_bandwidth_share(side, roof.bandwidth_gib_s) for side in sides)
     yield _row("decode_bandwidth", "decode, of memory bandwidth", "%", dense, pruned, "higher")
-    dense, pruned = (_arithmetic_share(side, roof.gflops, result.workload.prompt_tokens) for side in sides)
+    dense, pruned = (_arithmetic_share(side, roof.gflops, work.batch * work.prompt_tokens) for side in sides)
     yield _row("prefill_arithmetic", "prefill, of float32 arithmetic", "%", dense, pruned, "higher")
 
 

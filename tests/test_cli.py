@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
 from flabc.cli import PLANNED, cli
@@ -42,9 +44,18 @@ def test_every_command_has_help(command: str) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", [name for name in cli.commands if name not in PLANNED])
-def test_every_command_takes_json(command: str) -> None:
-    assert any(option.name == "as_json" for option in cli.commands[command].params)
+def leaves(group: click.Group) -> Iterator[click.Command]:
+    """Every command that does something."""
+    for command in group.commands.values():
+        if isinstance(command, click.Group):
+            yield from leaves(command)
+        elif command.name not in PLANNED:
+            yield command
+
+
+@pytest.mark.parametrize("command", leaves(cli), ids=lambda command: command.name)
+def test_every_command_takes_json(command: click.Command) -> None:
+    assert any(option.name == "as_json" for option in command.params)
 
 
 @pytest.mark.parametrize("command", list(PLANNED))
@@ -58,6 +69,7 @@ def test_a_planned_command_says_so_and_fails(command: str) -> None:
     ("arguments", "code", "told"),
     [
         (["comprss"], 2, "Did you mean 'compress'"),
+        (["gate", "nose"], 2, "Did you mean 'noise'"),
         (["compress", "x", "--bogus"], 2, "--bogus"),
         (["compress"], 2, "flabc init"),
         (["compress", "smollm2-135m", "-o", "p", "--recipe", "flab22"], 1, "Did you mean 'flab-22'"),
@@ -163,3 +175,10 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     )
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("wrong", ["0", "1,x", "", "1,,2", "-1"])
+def test_numbers_that_are_none_are_refused(wrong: str) -> None:
+    done = flabc("bench", "e", "--batch", wrong)
+    assert done.returncode == 2
+    assert "apart by commas" in done.stderr

@@ -19,7 +19,7 @@ from flabc.spec import ModelSpec
 from .energy import find_counter, measure_energy
 from .environment import environment
 from .foreign import ForeignLoad
-from .result import BenchResult, Energy, Sample, Side, Workload
+from .result import BenchResult, Cell, Energy, Sample, Side, Workload
 from .roofline import bytes_per_token, measure_roofline
 
 #: Warm-up ends when a run is within this share of the one before, or after this many runs.
@@ -29,13 +29,17 @@ STEADY, MAX_WARMUPS = 0.1, 6
 class Process:
     """A worker process and the engine it holds."""
 
-    def __init__(self, folder: Path, workload: Workload) -> None:
+    def __init__(self, folder: Path, *workloads: Workload) -> None:
         command = [sys.executable, "-m", "flabc.runtime.measure.worker"]
         self._pipe = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.folder = folder
-        length = workload.prompt_tokens + workload.output_tokens
+        room = {
+            "max_length": max(each.prompt_tokens + each.output_tokens for each in workloads),
+            "max_batch": max(each.batch for each in workloads),
+            "threads": workloads[0].threads,
+        }
         try:
-            self.description = self.call("open", folder=str(folder), max_length=length, threads=workload.threads)
+            self.description = self.call("open", folder=str(folder), **room)
         except EngineError:
             self.close()
             raise
@@ -68,10 +72,8 @@ class Process:
 
     def run(self, text: str, workload: Workload) -> Sample:
         """One timed run."""
-        reply = self.call(
-            "generate", text=text, prompt_tokens=workload.prompt_tokens, output_tokens=workload.output_tokens
-        )
-        return Sample.model_validate(reply)
+        wanted = workload.model_dump(include={"prompt_tokens", "output_tokens", "batch"})
+        return Sample.model_validate(self.call("generate", text=text, **wanted))
 
     def close(self) -> None:
         """End the process."""
@@ -84,7 +86,12 @@ class Process:
 
 
 def bench(
-    candidate: Path, baseline: Path, workload: Workload, prompts: Sequence[str], heldout: Sequence[str]
+    candidate: Path,
+    baseline: Path,
+    workload: Workload,
+    prompts: Sequence[str],
+    heldout: Sequence[str],
+    sweep: Sequence[Workload] = (),
 ) -> BenchResult:
     """Measure two engines.
 
@@ -94,13 +101,14 @@ def bench(
         workload: what each run does.
         prompts: texts long enough for a prompt each; run i of both sides takes the same one.
         heldout: texts for perplexity; may be empty.
+        sweep: other lengths of prompts and batches, measured after the first in the same way.
 
     Raises:
         EngineError: if an engine cannot be opened, dies, or does not produce the tokens it should.
     """
     machine, foreign = environment(), list[float]()
     roofline = measure_roofline()
-    with opened(baseline, workload) as a, opened(candidate, workload) as b:
+    with opened(baseline, workload, *sweep) as a, opened(candidate, workload, *sweep) as b:
         warmups = {side: warm_up(side, prompts[0], workload) for side in (a, b)}
         samples: dict[Process, list[Sample]] = {a: [], b: []}
         with progress("measuring", 4 * workload.rounds) as advance:
@@ -111,6 +119,7 @@ def bench(
                         samples[side].append(side.run(prompts[turn % len(prompts)], workload))
                         advance(1)
                 foreign.append(round(others.cores, 3))
+        cells = [_cell(a, b, each, prompts) for each in sweep]
         energies = {side: _energy(side, prompts[0], workload) for side in (a, b)}
         sides = [_side(side, samples[side], warmups[side], energies[side], heldout) for side in (a, b)]
     return BenchResult(
@@ -121,7 +130,23 @@ def bench(
         candidate=sides[1],
         roofline=roofline,
         foreign_cores=tuple(foreign),
+        sweep=tuple(cells),
     )
+
+
+def _cell(a: Process, b: Process, workload: Workload, prompts: Sequence[str]) -> Cell:
+    """Both sides at another length or batch, interleaved as ever."""
+    for side in (a, b):
+        warm_up(side, prompts[0], workload)
+    samples: dict[Process, list[Sample]] = {a: [], b: []}
+    name = f"prompt {workload.prompt_tokens}, batch {workload.batch}"
+    with progress(f"measuring {name}", 4 * workload.rounds) as advance:
+        for turn in range(workload.rounds):
+            for side in (a, b, b, a):
+                samples[side].append(side.run(prompts[turn % len(prompts)], workload))
+                advance(1)
+    shape = workload.model_dump(include={"prompt_tokens", "batch"})
+    return Cell(**shape, baseline=tuple(samples[a]), candidate=tuple(samples[b]))
 
 
 def _energy(process: Process, prompt: str, workload: Workload) -> Energy:
@@ -165,9 +190,9 @@ def warm_up(process: Process, prompt: str, workload: Workload) -> int:
 
 
 @contextmanager
-def opened(folder: Path, workload: Workload) -> Iterator[Process]:
+def opened(folder: Path, *workloads: Workload) -> Iterator[Process]:
     """A worker process for as long as it is needed."""
-    process = Process(folder, workload)
+    process = Process(folder, *workloads)
     try:
         yield process
     finally:

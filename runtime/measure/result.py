@@ -20,16 +20,20 @@ class Record(BaseModel):
 
 
 class Workload(Record):
-    """What every run does: one prompt of ``prompt_tokens``, ``output_tokens`` generated, stop tokens ignored."""
+    """What every run does: prompts of ``prompt_tokens``, ``output_tokens`` generated for each, stop tokens ignored.
+
+    ``batch`` prompts run at once; they are as long as each other, so that the work is the same in every run.
+    """
 
     prompt_tokens: int = Field(128, ge=1)
+    batch: int = Field(1, ge=1)
     output_tokens: int = Field(64, ge=2)  # time per token is measured between tokens
     rounds: int = Field(5, ge=1)
     threads: int | None = Field(None, ge=1)
 
 
 class Sample(Record):
-    """One run. ``token_ms`` has the time of each token after the first."""
+    """One run. ``token_ms`` has the time of each token after the first, of every sequence of the batch at once."""
 
     ttft_ms: float
     token_ms: tuple[float, ...]
@@ -46,8 +50,17 @@ class Sample(Record):
 
     @property
     def tokens_per_s(self) -> float:
-        """Output tokens per second of the whole run."""
+        """Output tokens per second of the whole run, of each sequence."""
         return 1000 * (1 + len(self.token_ms)) / self.total_ms
+
+
+class Cell(Record):
+    """Runs of both sides at another length of prompts or another batch."""
+
+    prompt_tokens: int
+    batch: int
+    baseline: tuple[Sample, ...]
+    candidate: tuple[Sample, ...]
 
 
 class Roofline(Record):
@@ -101,7 +114,8 @@ class Side(Record):
 class BenchResult(Record):
     """Two engines measured side by side. ``flabc.json`` beside it says what made them.
 
-    ``foreign_cores`` has the cores that others kept busy, on average, during each round.
+    ``foreign_cores`` has the cores that others kept busy, on average, during each round; ``sweep`` what was measured
+    at other lengths and batches.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -112,3 +126,4 @@ class BenchResult(Record):
     candidate: Side
     roofline: Roofline | None = None
     foreign_cores: tuple[float, ...] = ()
+    sweep: tuple[Cell, ...] = ()

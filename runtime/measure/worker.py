@@ -10,9 +10,11 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
+
+import numpy as np
 
 from flabc.errors import EngineError, FlabcError
 from flabc.runtime.backend import Limits
@@ -24,17 +26,22 @@ from flabc.runtime.session import Session
 class Worker:
     """Answers requests about one engine."""
 
-    def __init__(self, folder: str, max_length: int, threads: int | None) -> None:
+    def __init__(self, folder: str, max_length: int, max_batch: int, threads: int | None) -> None:
         started = time.perf_counter()
-        self.session = Session.open(folder, limits=Limits(max_length=max_length, threads=threads))
+        limits = Limits(max_length=max_length, max_batch=max_batch, threads=threads)
+        self.session = Session.open(folder, limits=limits)
         self.load_ms = 1000 * (time.perf_counter() - started)
 
     def describe(self) -> dict[str, Any]:
         """The engine's spec and what opening it took."""
         return {"spec": self.session.spec.model_dump(), "load_ms": self.load_ms}
 
-    def generate(self, text: str, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
-        """One run on the first ``prompt_tokens`` tokens of a text, timed token by token."""
+    def generate(self, text: str, prompt_tokens: int, output_tokens: int, batch: int) -> dict[str, Any]:
+        """One run on the first ``prompt_tokens`` tokens of a text, timed token by token; in a batch all rows begin so.
+
+        Raises:
+            EngineError: if the text is too short, or fewer tokens came than were asked for.
+        """
         ids = self.session.codec.encode_plain(text)[:prompt_tokens]
         if len(ids) < prompt_tokens:
             raise EngineError(
@@ -42,9 +49,8 @@ class Worker:
                 expected=f"{prompt_tokens} tokens",
                 found=str(len(ids)),
             )
-        params = SamplingParams(max_tokens=output_tokens, ignore_eos=True)
         marks = [time.perf_counter()]
-        for _ in self.session.tokens(ids, params):
+        for _ in self._steps(ids, output_tokens, batch):
             marks.append(time.perf_counter())
         # The contract of the workload: a run that stopped early must not look fast.
         if len(marks) != output_tokens + 1:
@@ -53,6 +59,18 @@ class Worker:
             )
         gaps = [1000 * (b - a) for a, b in pairwise(marks)]
         return {"ttft_ms": gaps[0], "token_ms": gaps[1:]}
+
+    def _steps(self, ids: list[int], output_tokens: int, batch: int) -> Iterator[object]:
+        """The steps of a run: for one sequence as a user takes them, for more as a scheduler does."""
+        if batch == 1:
+            yield from self.session.tokens(ids, SamplingParams(max_tokens=output_tokens, ignore_eos=True))
+            return
+        backend, ones = self.session.backend, np.ones(batch, np.int64)
+        backend.start(batch)
+        new = np.tile(np.array(ids, np.int64), (batch, 1))
+        for _ in range(min(output_tokens, self.session.room(ids))):
+            new = backend.extend(new, ones * new.shape[1]).argmax(-1)[:, None]
+            yield new
 
     def memory(self) -> dict[str, Any]:
         """The most memory this process has held so far."""

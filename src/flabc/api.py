@@ -390,6 +390,7 @@ def bench(
     output: str | Path,
     *,
     workload: Workload | None = None,
+    sweep: Sequence[Workload] = (),
     corpus: str = "python-stdlib",
     force: bool = False,
 ) -> BenchReport:
@@ -400,6 +401,7 @@ def bench(
         baseline: the engine it is compared with.
         output: the folder for ``report.html``, ``report.md`` and ``bench.json``.
         workload: what each run does.
+        sweep: other lengths of prompts and batches, measured as well.
         corpus: the text for prompts and perplexity, of which the held-out side is used.
         force: replace a folder that is not empty.
 
@@ -415,7 +417,9 @@ def bench(
         Artifact.open(folder, "engine")
     workload = workload or Workload()
     texts = list(heldout_texts(corpus).values())
-    result = measure(Path(engine), Path(baseline), workload, prompt_texts(corpus, workload), texts)
+    longest = max([workload, *sweep], key=lambda each: each.prompt_tokens)
+    prompts = prompt_texts(corpus, longest.model_copy(update={"rounds": workload.rounds}))
+    result = measure(Path(engine), Path(baseline), workload, prompts, texts, sweep)
     with artifact.create(output, "report", force=force) as draft:
         (draft.path / "bench.json").write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
         report.write_html(result, draft.path / "report.html")

@@ -17,9 +17,9 @@ import click
 from flabc import __version__
 from flabc.commands.build_options import build_flags, take_build_options
 from flabc.commands.gate import gate
-from flabc.commands.parameters import AT_LEAST_ONE, Size, json_option
+from flabc.commands.parameters import AT_LEAST_ONE, Group, Numbers, Size, json_option
 from flabc.commands.serve import serve
-from flabc.errors import NOT_BUILT, FlabcError, UnknownNameError, UsageError
+from flabc.errors import NOT_BUILT, FlabcError, UsageError
 
 if TYPE_CHECKING:
     from flabc.api import Compressed, Diff, Inspection
@@ -40,18 +40,6 @@ CORPUS = click.option(
     show_default=True,
     help="A built-in corpus, or a file or folder of text.",
 )
-
-
-class Group(click.Group):
-    """A group that answers an unknown command with the nearest one."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command, or say which was probably meant."""
-        if args and self.get_command(ctx, args[0]) is None:
-            raise click.UsageError(str(UnknownNameError("command", args[0], self.list_commands(ctx))), ctx)
-        return super().resolve_command(ctx, args)
 
 
 def emit(as_json: bool, data: Any, show: Callable[[], None]) -> None:
@@ -387,7 +375,14 @@ def evaluate(
 @click.argument("engine", required=False)
 @click.option("--baseline", type=click.Path(), help="The engine to compare with.")
 @click.option("-o", "--output", type=click.Path(), help="The report folder to write.")
-@click.option("--prompt-tokens", type=AT_LEAST_ONE, default=128, show_default=True, help="Tokens of each prompt.")
+@click.option(
+    "--prompt-tokens",
+    type=Numbers(),
+    default="128",
+    show_default=True,
+    help="Tokens of each prompt; or several, 128,512.",
+)
+@click.option("--batch", type=Numbers(), default="1", show_default=True, help="Sequences at once; or several, 1,8.")
 @click.option(
     "--output-tokens", type=click.IntRange(2), default=64, show_default=True, help="Tokens that each run produces."
 )
@@ -402,7 +397,8 @@ def bench(
     engine: str | None,
     baseline: str | None,
     output: str | None,
-    prompt_tokens: int,
+    prompt_tokens: Sequence[int],
+    batch: Sequence[int],
     output_tokens: int,
     rounds: int,
     threads: int | None,
@@ -412,19 +408,27 @@ def bench(
 ) -> None:
     """Measure ENGINE beside a baseline and write a report.
 
+    Several lengths or batches are a sweep: the first of each is measured in full, then every combination.
+
     \b
     flabc bench engine --baseline dense-engine -o report
+    flabc bench engine --baseline dense-engine --batch 1,4,16 --prompt-tokens 128,1024 -o sweep
     """
     from flabc import api
     from flabc.project import settle
     from flabc.runtime.measure.result import Workload
 
-    workload = Workload(prompt_tokens=prompt_tokens, output_tokens=output_tokens, rounds=rounds, threads=threads)
+    first, *sweep = (
+        Workload(prompt_tokens=length, batch=size, output_tokens=output_tokens, rounds=rounds, threads=threads)
+        for length in prompt_tokens
+        for size in batch
+    )
     done = api.bench(
         settle(engine, "engine", "ENGINE"),
         settle(baseline, "baseline", "--baseline"),
         settle(output, "report", "report folder (-o)"),
-        workload=workload,
+        workload=first,
+        sweep=sweep,
         corpus=corpus,
         force=force,
     )

@@ -12,7 +12,7 @@ import pytest
 
 from flabc.errors import MissingExtraError
 from flabc.perf import plots, report, table
-from flabc.runtime.measure.result import BenchResult, Energy, Roofline, Sample
+from flabc.runtime.measure.result import BenchResult, Cell, Energy, Roofline, Sample
 
 HOSTILE = "</title><script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -253,6 +253,46 @@ def test_limits_foreign_load_and_energy_are_told(result: BenchResult, tmp_path: 
     assert limits["others' use of the machine"] == "0.20 cores, at most 0.90 in a round"
     assert limits["energy, dense"].startswith("0.123 J per output token by RAPL over 2.5 s, 20.0 W")
     assert limits["energy, pruned"] == "not measured: no counter here"
-    assert limits["saved bytes that became saved time"][:3] in ("64%", "65%", "66%")  # 1.3 times as fast, half the bytes
+    assert limits["saved bytes that became saved time"][:3] in (
+        "64%",
+        "65%",
+        "66%",
+    )  # 1.3 times as fast, half the bytes
     report.write_markdown(result.model_copy(update={**sides, **about}), tmp_path / "r.md")
     assert "## Limits" in (tmp_path / "r.md").read_text()
+
+
+def swept(result: BenchResult) -> BenchResult:
+    """The same runs at two more batches, twice and four times as slow a step."""
+
+    def slower(runs: tuple[Sample, ...], times: float) -> tuple[Sample, ...]:
+        return tuple(Sample(ttft_ms=run.ttft_ms, token_ms=tuple(times * ms for ms in run.token_ms)) for run in runs)
+
+    work = result.workload
+    sides = (result.baseline.samples, result.candidate.samples)
+    more = [
+        Cell(
+            prompt_tokens=work.prompt_tokens,
+            batch=batch,
+            baseline=slower(sides[0], times),
+            candidate=slower(sides[1], times),
+        )
+        for batch, times in ((16, 4), (4, 2))
+    ]
+    return result.model_copy(update={"sweep": tuple(more)})
+
+
+def test_a_sweep_is_a_table_and_a_plot(result: BenchResult, tmp_path: Path) -> None:
+    wide = swept(result)
+    rows = report.sweep(wide)
+    assert [(row["prompt"], row["batch"]) for row in rows] == [("128", "1"), ("128", "16"), ("128", "4")]
+    one, sixteen = (float(rows[at]["decode tok/s, dense"]) for at in (0, 1))
+    assert sixteen == pytest.approx(4 * one, rel=0.02)
+    assert rows[0]["decode, times as fast"].startswith("1.3")
+    assert "batch" in [plot.name for plot in plots.plots(wide)]
+    assert "batch" not in [plot.name for plot in plots.plots(result)]
+    report.write_html(wide, tmp_path / "r.html")
+    assert "Sweep" in " ".join(Page(tmp_path / "r.html").words)
+    report.write_markdown(wide, tmp_path / "r.md")
+    assert "| 128 | 16 |" in (tmp_path / "r.md").read_text()
+    assert report.sweep(result) == []

@@ -3,12 +3,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
 from flabc.errors import EngineError
 from flabc.runtime.measure import bench
 from flabc.runtime.measure.result import Sample, Workload
+from flabc.runtime.measure.worker import Worker
+from flabc.runtime.sampling import SamplingParams
 
 SMALL = Workload(prompt_tokens=8, output_tokens=4, rounds=1)
 TEXT = "def f(a, b):\n    return a * b + 1\n"
@@ -37,6 +40,40 @@ def test_runs_are_interleaved_so_that_drift_cancels(
     assert order == [a, b, b, a] * 2
     assert result.baseline.perplexity is None
     assert result.baseline.peak_rss_mib > 20
+
+
+def test_a_sweep_measures_every_cell_in_turns(
+    tiny_engine: Path, tiny_dense_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[tuple[str, int, int]] = []
+    true = bench.Process.run
+
+    def run(self: bench.Process, text: str, workload: Workload) -> Sample:
+        order.append((self.folder.name, workload.prompt_tokens, workload.batch))
+        return true(self, text, workload)
+
+    monkeypatch.setattr(bench.Process, "run", run)
+    monkeypatch.setattr(bench, "warm_up", lambda *_: 0)
+    wide = SMALL.model_copy(update={"batch": 3, "prompt_tokens": 6})
+    result = bench.bench(tiny_engine, tiny_dense_engine, SMALL, [TEXT], [], [wide])
+    a, b = tiny_dense_engine.name, tiny_engine.name
+    assert order == [(side, *cell) for cell in ((8, 1), (6, 3)) for side in (a, b, b, a)]
+    (cell,) = result.sweep
+    assert (cell.prompt_tokens, cell.batch, len(cell.baseline), len(cell.candidate)) == (6, 3, 2, 2)
+    assert all(len(sample.token_ms) == SMALL.output_tokens - 1 for sample in (*cell.baseline, *cell.candidate))
+    assert result.roofline is not None
+    assert len(result.foreign_cores) == SMALL.rounds
+    assert result.baseline.bytes_per_token == pytest.approx(4 * result.baseline.spec.num_parameters, rel=0.4)
+    assert result.candidate.energy is not None
+    assert (result.candidate.energy.joules_per_token is None) == (result.candidate.energy.missing is not None)
+
+
+def test_a_batch_makes_the_tokens_that_each_row_would_alone(tiny_engine: Path) -> None:
+    worker = Worker(str(tiny_engine), max_length=12, max_batch=3, threads=None)
+    ids = worker.session.codec.encode_plain(TEXT)[:8]
+    together = np.concatenate([np.asarray(step) for step in worker._steps(ids, 4, 3)], axis=1)
+    alone = [token.id for token in worker.session.tokens(ids, SamplingParams(max_tokens=4, ignore_eos=True))]
+    assert together.tolist() == [alone] * 3
 
 
 def test_a_worker_that_dies_is_told_with_its_exit_code(tiny_engine: Path) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .parameters import json_option
+from .parameters import Group, json_option
 
 if TYPE_CHECKING:
     from flabc.gating import Gated, Noise
@@ -27,7 +27,7 @@ CORPUS = click.option(
 )
 
 
-@click.group()
+@click.group(cls=Group)
 def gate() -> None:
     """Fail CI when an engine has become slower, larger or worse, and only then.
 

@@ -1,4 +1,4 @@
-"""Kinds of parameters, and options that several commands have."""
+"""Kinds of parameters, options that several commands have, and groups of commands."""
 
 from __future__ import annotations
 
@@ -7,9 +7,23 @@ from typing import Any, TypeVar
 
 import click
 
+from flabc.errors import UnknownNameError
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 AT_LEAST_ONE = click.IntRange(1)
+
+
+class Group(click.Group):
+    """A group that answers an unknown command with the nearest one."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command, or say which was probably meant."""
+        if args and self.get_command(ctx, args[0]) is None:
+            raise click.UsageError(str(UnknownNameError("command", args[0], self.list_commands(ctx))), ctx)
+        return super().resolve_command(ctx, args)
 
 
 class Size(click.ParamType[int]):
@@ -25,6 +39,19 @@ class Size(click.ParamType[int]):
             return int(TypeAdapter(ByteSize).validate_python(value))
         except ValidationError:
             self.fail(f"{value!r} is no size; expected a number and a unit, e.g. 6GiB or 500MB.", param, ctx)
+
+
+class Numbers(click.ParamType[tuple[int, ...]]):
+    """Whole numbers from one on, apart by commas, as ``1,8``."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Read them, or say how they are written."""
+        parts = str(value).split(",")
+        if not all(part.strip().isdecimal() and int(part) for part in parts):
+            self.fail(f"{value!r}: expected whole numbers from 1 on, apart by commas, e.g. 1,8.", param, ctx)
+        return tuple(int(part) for part in parts)
 
 
 def json_option(command: F) -> F:
