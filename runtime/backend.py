@@ -31,7 +31,7 @@ class Limits:
         max_batch: sequences at once.
         max_length: tokens of one sequence, prompt and answer together.
         threads: threads for the computation; None leaves the choice to the backend.
-        provider: where to run: ``auto``, ``cpu`` or ``cuda``.
+        provider: where to run: ``auto``, ``cpu``, ``cuda`` or, in ONNX Runtime, ``tensorrt``.
         dtype: what to compute in, if the backend has a choice: ``float32`` or ``bfloat16``.
     """
 

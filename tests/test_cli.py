@@ -53,7 +53,7 @@ def leaves(group: click.Group) -> Iterator[click.Command]:
             yield command
 
 
-@pytest.mark.parametrize("command", leaves(cli), ids=lambda command: command.name)
+@pytest.mark.parametrize("command", list(leaves(cli)), ids=lambda command: command.name)
 def test_every_command_takes_json(command: click.Command) -> None:
     assert any(option.name == "as_json" for option in command.params)
 

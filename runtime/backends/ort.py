@@ -17,8 +17,13 @@ from flabc.spec import ModelSpec
 
 Array = npt.NDArray[Any]
 
-#: What ``--provider`` can say, and what ONNX Runtime calls it.
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+#: What ``--provider`` can say, and what ONNX Runtime calls it, the first one first.
+PROVIDERS = {
+    "cpu": ("CPUExecutionProvider",),
+    "cuda": ("CUDAExecutionProvider",),
+    # What TensorRT does not take stays on the GPU.
+    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider"),
+}
 
 
 def open_backend(folder: Path, spec: ModelSpec, limits: Limits) -> OrtBackend:
@@ -187,8 +192,9 @@ def open_graph(file: Path, limits: Limits) -> Any:
         fix = f"{providers[0]} lacks an operation in this precision: export the engine in fp32." if lacks else None
         raise EngineError(f"ONNX Runtime cannot open {file}: {error}", fix=fix) from error
     # A provider whose libraries do not load is dropped with no more than a warning.
-    if providers[0] not in session.get_providers():
-        raise _no_provider(providers[0], session.get_providers())
+    for wanted in providers:
+        if wanted not in session.get_providers():
+            raise _no_provider(wanted, session.get_providers())
     return session
 
 
@@ -207,13 +213,13 @@ def check_dtype(limits: Limits) -> None:
 def _providers(available: Sequence[str], asked: str) -> list[str]:
     """The execution providers to ask for; never fewer than the caller asked for."""
     if asked == "auto":
-        return [PROVIDERS["cpu"]]
+        asked = "cpu"
     if asked not in PROVIDERS:
         raise UnknownNameError("provider", asked, ["auto", *PROVIDERS])
-    wanted = PROVIDERS[asked]
-    if wanted not in available:
-        raise _no_provider(wanted, available)
-    return [wanted]
+    for wanted in PROVIDERS[asked]:
+        if wanted not in available:
+            raise _no_provider(wanted, available)
+    return list(PROVIDERS[asked])
 
 
 def _no_provider(wanted: str, found: Sequence[str]) -> EngineError:

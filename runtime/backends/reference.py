@@ -48,6 +48,8 @@ class TorchBackend:
         if limits.threads is not None:
             self._torch.set_num_threads(limits.threads)
         device = "cpu" if limits.provider == "auto" else limits.provider
+        if device not in ("cpu", "cuda"):
+            raise UnknownNameError("provider", device, ("auto", "cpu", "cuda"))
         if device == "cuda" and not self._torch.cuda.is_available():
             raise EngineError("CUDA was asked for.", found="a torch that sees no CUDA device")
         if limits.dtype not in DTYPES:

@@ -243,25 +243,27 @@ def export(
 @click.option("--max-tokens", default=128, show_default=True, help="Tokens to produce at most.")
 @click.option("--temperature", default=0.0, show_default=True, help="0 takes the most likely token.")
 @click.option("--top-p", default=1.0, show_default=True, help="Sample from this much probability.")
+@click.option("--top-k", default=0, show_default=True, help="Sample from so many tokens; 0 from all.")
+@click.option("--min-p", default=0.0, show_default=True, help="Sample from tokens with this share of the likeliest's.")
+@click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1: say less again.")
 @click.option("--stop", multiple=True, help="A text that ends the answer; repeatable.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option(
     "--max-length", type=AT_LEAST_ONE, default=2048, show_default=True, help="Room for prompt and answer together."
 )
 @click.option("--threads", type=AT_LEAST_ONE, help="Threads for the computation.")
+@click.option("--provider", default="auto", show_default=True, help="Where to run: cpu, cuda or tensorrt.")
 @json_option
 def run(
     engine: str | None,
     prompt: str | None,
     chat: bool,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
     stop: Sequence[str],
-    seed: int | None,
     max_length: int,
     threads: int | None,
+    provider: str,
     as_json: bool,
+    **sampling: Any,
 ) -> None:
     """Let ENGINE go on from PROMPT, streaming; without PROMPT it is read from stdin.
 
@@ -276,12 +278,11 @@ def run(
 
     text = prompt if prompt is not None else sys.stdin.read()
     try:
-        params = SamplingParams(
-            max_tokens=max_tokens, temperature=temperature, top_p=top_p, stop=tuple(stop), seed=seed
-        )
+        params = SamplingParams(stop=tuple(stop), **sampling)
     except ValueError as error:
         raise UsageError(f"These sampling options do not fit: {error}") from error
-    session = Session.open(settle(engine, "engine", "ENGINE"), limits=Limits(max_length=max_length, threads=threads))
+    limits = Limits(max_length=max_length, threads=threads, provider=provider)
+    session = Session.open(settle(engine, "engine", "ENGINE"), limits=limits)
     asked = [{"role": "user", "content": text}] if chat else text
     if as_json:
         answer = session.generate(asked, params)

@@ -211,6 +211,18 @@ def test_asking_for_cuda_is_never_answered_with_the_cpu(folder: Path) -> None:
         opened(folder, provider="cuda")
 
 
+def test_nor_is_asking_for_tensorrt(tiny_engine: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "TensorrtExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this machine has TensorRT")
+    with pytest.raises(EngineError, match="no working TensorrtExecutionProvider"):
+        opened(tiny_engine, provider="tensorrt")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["TensorrtExecutionProvider"])
+    with pytest.raises(EngineError, match="no working CUDAExecutionProvider"):  # for what TensorRT leaves
+        opened(tiny_engine, provider="tensorrt")
+    with pytest.raises(UnknownNameError, match="provider 'tensorrt'"):  # torch has none
+        opened(tiny_checkpoint, provider="tensorrt")
+
+
 def test_a_provider_that_is_listed_but_does_not_load_is_told(
     tiny_engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

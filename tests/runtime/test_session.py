@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -110,3 +111,31 @@ def test_a_seed_makes_an_answer_repeatable(session: Session) -> None:
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"is no model.*config\.json"):
         Session.open(tmp_path)
+
+
+@pytest.mark.parametrize("harmed", ["model.onnx.data", "model.onnx", "tokenizer.json", "score.onnx"])
+@pytest.mark.parametrize("how", ["flipped", "missing"])
+def test_a_harmed_engine_is_not_opened_and_the_file_is_named(
+    tiny_engine: Path, tmp_path: Path, harmed: str, how: str
+) -> None:
+    folder = tmp_path / "engine"
+    shutil.copytree(tiny_engine, folder)
+    file = folder / harmed
+    if how == "missing":
+        file.unlink()
+    else:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1  # one bit
+        file.write_bytes(content)
+    problem = "is missing" if how == "missing" else "is not the file that was written"
+    with pytest.raises(ArtifactError, match=f"{harmed} {problem}"):
+        Session.open(folder)
+
+
+def test_an_engine_of_another_schema_is_not_opened(tiny_engine: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "engine"
+    shutil.copytree(tiny_engine, folder)
+    manifest = json.loads((folder / "flabc.json").read_text())
+    (folder / "flabc.json").write_text(json.dumps({**manifest, "schema_version": 99}))
+    with pytest.raises(ArtifactError, match=r"flabc\.json was written by another version.*Found: 99"):
+        Session.open(folder)
