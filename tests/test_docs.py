@@ -13,9 +13,15 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
+
+from flabc.commands.gate import gate
+from flabc.perf.gates import Gates
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/serving.md")]
+DOCUMENTS = [
+    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/serving.md", "docs/gating.md")
+]
 
 #: Where the README serves.
 ADDRESS = "127.0.0.1:8000"
@@ -102,6 +108,26 @@ def test_the_readme_serves(tiny_engine: Path, tmp_path: Path) -> None:
         finally:
             process.terminate()
     assert process.returncode == 0
+
+
+def test_the_gate_that_is_shown_is_the_gate() -> None:
+    """YAML that parses, commands whose options exist, and a table of the fields that there are."""
+    text = (ROOT / "docs" / "gating.md").read_text(encoding="utf-8")
+    shown = [yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```", text, re.S | re.M)]
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "gate.yml").read_text(encoding="utf-8"))
+    called = shown[0]["jobs"]["gate"]
+    assert set(called["with"]) <= set(workflow[True]["workflow_call"]["inputs"])  # YAML 1.1 reads "on" as true
+    lines = [step["run"] for step in workflow["jobs"]["gate"]["steps"] if "run" in step] + shown[1]["gate"]["script"]
+    runs = [line for line in lines if line.startswith("flabc gate run")]
+    assert len(runs) == 2
+    options = {option for parameter in gate.commands["run"].params for option in parameter.opts}
+    for line in runs:
+        assert {word for word in line.split() if word.startswith("-")} <= options
+    fields = re.findall(r"^\| `(\w+)` \|", text, re.M)
+    assert set(fields) == set(Gates.model_fields)
+    readme = next(block for block in blocks("yaml") if "budget_s" in block)
+    for source in (readme, (ROOT / "perf" / "gates.yaml").read_text(encoding="utf-8")):
+        assert Gates.model_validate(yaml.safe_load(source)).speed
 
 
 def test_the_systemd_unit_is_one(tmp_path: Path) -> None:
