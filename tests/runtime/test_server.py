@@ -30,7 +30,7 @@ from flabc.runtime.evaluate.task import EvalOptions
 from flabc.runtime.sampling import SamplingParams
 from flabc.runtime.session import Session
 
-from .test_harness import tasks  # noqa: F401
+from .test_harness import QUESTIONS, tasks  # noqa: F401
 
 PROMPT = "def fibonacci(n):\n    return"
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "print(1)?"}]
@@ -530,11 +530,27 @@ def test_killed_it_serves_again_after_a_start(tiny_engine: Path, tmp_path: Path)
 
 
 @pytest.mark.filterwarnings("default")  # what others warn of is theirs
-def test_lm_evals_own_client_gets_what_a_session_gives(live: Live, tiny_engine: Path, tasks: Path) -> None:  # noqa: F811
+def test_lm_evals_own_client_gets_what_a_session_gives(
+    live: Live,
+    session: Session,
+    tiny_engine: Path,
+    tasks: Path,  # noqa: F811
+) -> None:
+    def likelihood(question: str, choice: str) -> float:
+        ids, begin = session.codec.encode(question + choice), len(session.codec.encode(question))
+        logits = session.backend.score(np.array([ids[:-1]]))[0].astype(np.float64)
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        return float(logprobs[np.arange(begin - 1, len(ids) - 1), ids[begin:]].sum())
+
     options = EvalOptions(task="lm-eval:flabc_choice", data=tasks, tokenizer=tiny_engine, batch=2)
-    over_http = api.evaluate(live.url, options).rows
-    in_process = api.evaluate(tiny_engine, options).rows
-    assert [row.target for row in over_http] == [row.target for row in in_process]
+    found = {row.metric.split()[-1]: row.target.value for row in api.evaluate(live.url, options).rows}
+    right = []
+    for asked in QUESTIONS:
+        choices: Any = asked["choices"]
+        sums = [likelihood(str(asked["question"]), choice) for choice in choices]
+        means = [total / len(choice) for total, choice in zip(sums, choices, strict=True)]
+        right.append([int(np.argmax(each)) == asked["gold"] for each in (sums, means)])
+    assert (found["acc"], found["acc_norm"]) == tuple(np.mean(right, axis=0))
 
 
 @pytest.mark.filterwarnings("default")  # what others warn of is theirs
