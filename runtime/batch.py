@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 
 import numpy as np
@@ -16,7 +17,7 @@ from flabc.errors import CancelledError, EngineError, FlabcError, UsageError
 
 from .answer import Generation
 from .backend import Backend, Ids, Logits
-from .prefixes import PrefixCache, common
+from .prefixes import PrefixCache, Saved, common
 from .sampling import Sampler, SamplingParams
 from .session import Chunk, Session
 
@@ -95,7 +96,8 @@ class Job:
             return
         self.error = error
         if self._deliver is not None:
-            self._deliver(error)
+            with suppress(Exception):  # whoever listened has gone, and others' jobs go on
+                self._deliver(error)
 
 
 class Batch:
@@ -119,6 +121,7 @@ class Batch:
         self.running: list[Job] = []
         self.filling: Job | None = None
         self._joining: list[Job] = []
+        self._ended: list[Job] = []
         self._backend, self._prefixes = backend, prefixes
         self._prefill_tokens, self._eager = prefill_tokens, eager
         backend.start(0)
@@ -135,21 +138,26 @@ class Batch:
         Returns:
             the jobs that ended, failed ones among them.
         """
-        ended = self._leave()
-        while self._prefill():
-            ended += self._leave()
-            if not self._eager:
-                break
+        self._leave()
+        left = self._prefill_tokens
+        while left > 0 and (computed := self._prefill(left)):
+            self._leave()
+            left -= 0 if self._eager else computed
         if self.running:
             self._decode()
-            ended += self._leave()
+            self._leave()
+        ended, self._ended = self._ended, []
         return ended
 
     def abandon(self) -> list[Job]:
         """Take out all that had begun, after a step that failed; those that wait go on waiting."""
-        taken = list(dict.fromkeys([*self.rows, *self._joining]))
-        self.running, self.filling, self._joining = [], None, []
         self._backend.start(0)
+        return self.drop()
+
+    def drop(self) -> list[Job]:
+        """As ``abandon``, of a backend that is not used any more."""
+        taken = list(dict.fromkeys([*self._ended, *self.rows, *self._joining]))
+        self.running, self.filling, self._joining, self._ended = [], None, [], []
         return taken
 
     def _decode(self) -> None:
@@ -158,25 +166,25 @@ class Batch:
         for job, row in zip(self.running, logits, strict=True):
             job.step(row)
 
-    def _prefill(self) -> bool:
-        """Compute some prompt tokens; False if there were none, or no room."""
+    def _prefill(self, left: int) -> int:
+        """Compute prompt tokens, as many as are left of a step's share; how many, or 0 if none can be."""
         if self.filling is None:
-            joining = self._next()
+            joining = self._next(left)
             if not joining:
-                return False
+                return 0
             if len(joining) > 1 or not self._restore(joining[0]):
-                self._join(joining)
-                return True
-        self._fill()
-        return True
+                return self._join(joining)
+        return self._fill(left)
 
-    def _next(self) -> list[Job]:
-        """Take those off the queue that join next, together: whole prompts, or one that is long."""
+    def _next(self, left: int) -> list[Job]:
+        """Take those off the queue that join next, together: whole prompts, or one that is long or known in part."""
         room = self._backend.limits.max_batch - len(self.running)
         taken: list[Job] = []
         for job in islice(self.waiting, max(0, room)):
             longest = max(len(each.prompt_ids) for each in [*taken, job])
-            if taken and (longest * (len(taken) + 1) > self._prefill_tokens or self._known(job, taken)):
+            if taken and (longest * (len(taken) + 1) > left or self._known(job, taken)):
+                break
+            if not taken and not self._fits(longest, left) and not self._found(job):
                 break
             taken.append(job)
         for job in taken:
@@ -189,12 +197,15 @@ class Batch:
         """Whether the beginning of a prompt, or of the first that was taken, is computed, or will be by those taken."""
         if self._prefixes is None:
             return False
-        found = [self._prefixes.find(each.prompt_ids) for each in (job, taken[0])]
-        return any(found) or any(common(job.prompt_ids, each.prompt_ids) for each in taken)
+        found = any(self._found(each) for each in (job, taken[0]))
+        return found or any(common(job.prompt_ids, each.prompt_ids) for each in taken)
+
+    def _found(self, job: Job) -> tuple[Saved, int] | None:
+        return self._prefixes.find(job.prompt_ids) if self._prefixes else None
 
     def _restore(self, job: Job) -> bool:
         """Let a prompt join with what is known of its beginning; False if nothing is."""
-        found = self._prefixes.find(job.prompt_ids) if self._prefixes else None
+        found = self._found(job)
         if found is None:
             return False
         self._backend.restore(*found)
@@ -202,30 +213,38 @@ class Batch:
         self.filling, self._joining = job, []
         return True
 
-    def _join(self, jobs: Sequence[Job]) -> None:
-        """Compute whole prompts at once, or the first piece of a long one."""
-        pieces = [self._piece(job) for job in jobs]
-        logits = self._backend.join(*_padded(pieces))
+    def _join(self, jobs: Sequence[Job]) -> int:
+        """Compute whole prompts at once, or the first piece of a long one; how many tokens that were."""
+        ids, counts = _padded([self._piece(job) for job in jobs])
+        logits = self._backend.join(ids, counts)
         self._joining = []
-        if len(pieces[0]) < len(jobs[0].prompt_ids):
+        if counts[0] < len(jobs[0].prompt_ids):
             (self.filling,) = jobs
-            self.filling.filled = len(pieces[0])
-            return
+            self.filling.filled = int(counts[0])
+            return ids.size
         self.running += jobs
         for job, row in zip(jobs, logits, strict=True):
             self._answer(job, row)
+        return ids.size
 
-    def _fill(self) -> None:
-        """Compute the next piece of the prompt that is filling."""
+    def _fits(self, count: int, left: int) -> bool:
+        """Whether so many tokens may still be computed in this step; a whole share takes a piece of any prompt."""
+        return count <= left or left == self._prefill_tokens
+
+    def _fill(self, left: int) -> int:
+        """Compute the next piece of the prompt that is filling, if it fits; how many tokens that were."""
         job = self.filling
         assert job is not None
         piece = self._piece(job)
+        if not self._fits(len(piece), left):
+            return 0
         logits = self._backend.extend(*_padded([piece]), first=len(self.running))
         job.filled += len(piece)
         if job.filled == len(job.prompt_ids):
             self.running.append(job)
             self.filling = None
             self._answer(job, logits[0])
+        return len(piece)
 
     def _piece(self, job: Job) -> list[int]:
         """What is computed next of a prompt, such that never a single token is left.
@@ -247,8 +266,8 @@ class Batch:
             self._prefixes.put(job.prompt_ids, lambda length: self._backend.save(row, length))
         job.step(logits)
 
-    def _leave(self) -> list[Job]:
-        """Take out the jobs that have ended."""
+    def _leave(self) -> None:
+        """Take out the jobs that have ended; they are remembered until a step is whole."""
         rows = self.rows
         ended = [job for job in rows if job.ended]
         if ended:
@@ -261,7 +280,7 @@ class Batch:
             self.waiting = deque(job for job in self.waiting if not job.ended)
         for job in [*ended, *gone]:
             job.mark("ended")
-        return [*ended, *gone]
+        self._ended += [*ended, *gone]
 
 
 def generate_batch(

@@ -6,13 +6,14 @@ et al., 2023). It knows nothing of HTTP.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -22,6 +23,8 @@ from .batch import Batch, Job
 from .prefixes import PrefixCache
 from .sampling import Token, scored
 from .session import Session
+
+LOG = logging.getLogger("flabc.scheduler")
 
 #: Weight of the latest job in the running mean of how long a job takes.
 LATEST = 0.1
@@ -46,11 +49,27 @@ class Policy:
 
 @dataclass(frozen=True)
 class Load:
-    """How busy a scheduler is; ``cache`` is the share of all places for keys and values that are in use."""
+    """How busy a scheduler is.
+
+    Args:
+        running: what has a place in the batch, be it that it enters at the next step.
+        waiting: what waits for one.
+        cache: the share of all places for keys and values that are in use.
+    """
 
     running: int
     waiting: int
     cache: float
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A sequence to score."""
+
+    ids: Sequence[int]
+    top: int
+    future: Future[list[Token]] = field(default_factory=Future)
+    made: float = field(default_factory=time.monotonic)
 
 
 class Scheduler:
@@ -72,7 +91,7 @@ class Scheduler:
         self._batch = Batch(session.backend, self.policy.prefill_tokens, prefixes)
         self._changed = threading.Condition()
         self._arrived: deque[Job] = deque()
-        self._texts: deque[tuple[Sequence[int], int, Future[list[Token]]]] = deque()
+        self._texts: deque[_Text] = deque()
         self._live = 0  # accepted and not ended
         self._accepting, self._closed = True, False
         self._job_s = 1.0
@@ -101,16 +120,17 @@ class Scheduler:
             ClosedError: if no more are accepted.
             QueueFullError: if too many wait.
         """
-        future: Future[list[Token]] = Future()
-        self._accept(1, lambda: self._texts.append((ids, top, future)))
-        return future
+        text = _Text(ids, top)
+        self._accept(1, lambda: self._texts.append(text))
+        return text.future
 
     def load(self) -> Load:
         """How busy it is at this moment."""
         limits = self.session.backend.limits
-        rows = self._batch.rows
-        used = sum(job.length for job in rows) / (limits.max_batch * limits.max_length)
-        return Load(len(rows), max(0, self._live - len(rows)), used)
+        used = sum(job.length for job in self._batch.rows) / (limits.max_batch * limits.max_length)
+        live = self._live
+        running = min(live, limits.max_batch)
+        return Load(running, live - running, used)
 
     @property
     def alive(self) -> bool:
@@ -168,6 +188,8 @@ class Scheduler:
                 self._score()
                 for job in self._step():
                     self._end(job)
+        except Exception:
+            LOG.exception("the scheduler failed")
         finally:
             self._stop()
 
@@ -176,6 +198,7 @@ class Scheduler:
         try:
             return self._batch.step()
         except Exception as error:  # a runtime's exceptions share no root; the next requests may fare better
+            LOG.exception("the engine failed")
             taken = self._batch.abandon()
             for job in taken:
                 job.fail(EngineError(f"The engine failed: {error}"))
@@ -192,23 +215,32 @@ class Scheduler:
 
     def _expire(self) -> None:
         """Fail the jobs that have taken too long."""
-        if self.policy.timeout_s is None:
-            return
-        latest = time.monotonic() - self.policy.timeout_s
         for job in [*self._batch.rows, *self._batch.waiting]:
-            if job.marks["made"] < latest:
-                job.fail(DeadlineError(f"The request took longer than {self.policy.timeout_s:g} s."))
+            if self._late(job.marks["made"]):
+                job.fail(self._too_long())
+
+    def _late(self, made: float) -> bool:
+        return self.policy.timeout_s is not None and time.monotonic() - made > self.policy.timeout_s
+
+    def _too_long(self) -> DeadlineError:
+        return DeadlineError(f"The request took longer than {self.policy.timeout_s:g} s.")
 
     def _score(self) -> None:
         """Score one text: those that run wait for no more than that."""
         if not self._texts:
             return
-        ids, top, future = self._texts.popleft()
+        text = self._texts.popleft()
+        ids, future = text.ids, text.future
         if future.set_running_or_notify_cancel():
             try:
+                if self._late(text.made):
+                    raise self._too_long()
                 logits = self.session.backend.score(np.array([ids[:-1]], np.int64))[0] if len(ids) > 1 else []
-                future.set_result([scored(row, index, top) for row, index in zip(logits, ids[1:], strict=True)])
+                future.set_result([scored(row, index, text.top) for row, index in zip(logits, ids[1:], strict=True)])
+            except DeadlineError as error:
+                future.set_exception(error)
             except Exception as error:
+                LOG.exception("the engine failed")
                 future.set_exception(EngineError(f"The engine failed: {error}"))
         self._less(1)
 
@@ -216,7 +248,10 @@ class Scheduler:
         taken = time.monotonic() - job.marks.get("started", job.marks["made"])
         self._job_s += LATEST * (taken - self._job_s)
         job.mark("ended")
-        self._ended(job)
+        try:
+            self._ended(job)
+        except Exception:  # of whoever counts; the next jobs are to be answered all the same
+            LOG.exception("a job was not counted")
         self._less(1)
 
     def _less(self, count: int) -> None:
@@ -229,9 +264,10 @@ class Scheduler:
         closed = ClosedError("The server has shut down before the answer was whole.")
         with self._changed:
             self._accepting = False
-        for job in [*self._batch.abandon(), *self._batch.waiting, *self._arrived]:
+        for job in [*self._batch.drop(), *self._batch.waiting, *self._arrived]:
             job.fail(closed)
             self._end(job)
-        for *_, future in self._texts:
-            if future.set_running_or_notify_cancel():
-                future.set_exception(closed)
+        for text in self._texts:
+            if text.future.set_running_or_notify_cancel():
+                text.future.set_exception(closed)
+        self._less(len(self._texts))

@@ -76,7 +76,7 @@ def build(session: Session, name: str, policy: Policy, access: Access) -> FastAP
     app.state.served = served
     app.include_router(api)
     app.include_router(probes)
-    app.add_middleware(BodyLimit, max_body=access.max_body)
+    app.add_middleware(BodyLimit, max_body=access.max_body, max_s=policy.timeout_s)
     app.add_middleware(ApiKeys, keys=access.keys)
     app.add_middleware(AccessLog)
     app.add_exception_handler(FlabcError, lambda _, error: problem.response(error))

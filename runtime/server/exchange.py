@@ -37,6 +37,7 @@ class Exchange:
     ) -> None:
         #: Each prompt once, however many answers it has.
         self.prompt_tokens = sum(map(len, {id(ids): ids for ids, _ in asked}.values()))
+        self._prompts = [id(ids) for ids, _ in asked]
         self._streamed = streamed
         self._scheduler, self._loop = scheduler, asyncio.get_running_loop()
         self._pieces: asyncio.Queue[tuple[int, Chunk | FlabcError]] = asyncio.Queue()
@@ -52,6 +53,15 @@ class Exchange:
             }
         except EngineError as error:
             raise PromptError(str(error)) from error
+
+    @property
+    def cached_tokens(self) -> int:
+        """Those of ``prompt_tokens`` that were known before, from other requests than this one."""
+        known: dict[int, int] = {}
+        for index, job in self.jobs.items():
+            prompt = self._prompts[index]
+            known[prompt] = min(job.reused, known.get(prompt, job.reused))
+        return sum(known.values())
 
     def submit(self, receive: Receive, scored: Sequence[tuple[list[int], int]] = ()) -> None:
         """Hand the jobs in, and texts to score, (token ids, most likely ones wanted); cancel all when the client goes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -89,8 +90,9 @@ class ApiKeys:
         return await self._app(scope, receive, send)
 
     def _known(self, scope: Scope) -> bool:
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        scheme, _, key = given.partition(b" ")
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        # Of two, a proxy before this server may have looked at the other one.
+        scheme, _, key = (given[0] if len(given) == 1 else b"").partition(b" ")
         digest = _digest(key.strip())
         # All are compared, so that time does not tell which was near.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
@@ -98,10 +100,13 @@ class ApiKeys:
 
 
 class BodyLimit:
-    """Refuses bodies of more than so many bytes with 413, by what they say and by what they are."""
+    """Refuses bodies of more than so many bytes with 413, and such as are not there after so many seconds with 408.
 
-    def __init__(self, app: ASGIApp, max_body: int) -> None:
-        self._app, self._max_body = app, max_body
+    Their size is what they say and what they are.
+    """
+
+    def __init__(self, app: ASGIApp, max_body: int, max_s: float | None) -> None:
+        self._app, self._max_body, self._max_s = app, max_body, max_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, counting."""
@@ -110,14 +115,21 @@ class BodyLimit:
         said = dict(scope["headers"]).get(b"content-length", b"")
         if said.isdigit() and int(said) > self._max_body:
             return await problem.http(self._too_large())(scope, receive, send)
-        read = 0
+        read, whole = 0, False
+        latest = None if self._max_s is None else asyncio.get_running_loop().time() + self._max_s
 
         async def counted() -> Message:
-            nonlocal read
-            message = await receive()
+            nonlocal read, whole
+            try:
+                async with asyncio.timeout_at(None if whole else latest):
+                    message = await receive()
+            except TimeoutError:
+                told = f"The body was not there after {self._max_s:g} s."
+                raise HTTPException(408, told, {"Connection": "close"}) from None
             read += len(message.get("body", b""))
             if read > self._max_body:
                 raise self._too_large()
+            whole = not message.get("more_body", False)
             return message
 
         return await self._app(scope, counted, send)

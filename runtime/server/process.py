@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -26,17 +27,28 @@ CLOSING_S = 5
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, patience_s: float | None = None) -> socket.socket:
     """A socket on an address; port 0 takes any that is free.
+
+    Args:
+        host: the address.
+        port: the port.
+        patience_s: seconds after which a connection is dropped whose client takes nothing of what it is sent; where
+            the system has such a bound (Linux, tcp(7)).
 
     Raises:
         EngineError: if the address cannot be had.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listening = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise EngineError(f"Cannot listen on {host}:{port}: {error.strerror}", fix="Give another --port.") from error
+    if patience_s is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
+        # Connections inherit it. Only the kernel can end one: closing it in asyncio waits for the client to read.
+        most = min(2**31 - 1, math.ceil(1000 * patience_s))
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, most)
+    return listening
 
 
 def serve(app: FastAPI, listening: socket.socket, *, drain_s: float, started: Callable[[], None]) -> None:
@@ -92,20 +104,21 @@ class _Server(uvicorn.Server):
         self._draining.start()
 
     def _drain(self) -> None:
-        LOG.info(
-            "draining", extra={"fields": {"live": self._scheduler.load().running + self._scheduler.load().waiting}}
-        )
-        if not self._scheduler.drain(self._drain_s):
-            LOG.warning("requests were cut off", extra={"fields": {"after_s": self._drain_s}})
-            self._scheduler.close()
-        self.should_exit = True
+        try:
+            load = self._scheduler.load()
+            LOG.info("draining", extra={"fields": {"live": load.running + load.waiting}})
+            if not self._scheduler.drain(self._drain_s):
+                LOG.warning("requests were cut off", extra={"fields": {"after_s": self._drain_s}})
+                self._scheduler.close()
+        finally:  # whatever went wrong, it was told to stop
+            self.should_exit = True
 
 
 def _log_json() -> None:
     """Log JSON lines to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name in ("flabc.server", "uvicorn.error"):
+    for name in ("flabc.server", "flabc.scheduler", "uvicorn.error"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(logging.INFO)

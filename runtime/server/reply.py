@@ -148,7 +148,7 @@ def usage(exchange: Exchange) -> dict[str, Any]:
         "prompt_tokens": exchange.prompt_tokens,
         "completion_tokens": produced,
         "total_tokens": exchange.prompt_tokens + produced,
-        "prompt_tokens_details": {"cached_tokens": sum(job.reused for job in exchange.jobs.values())},
+        "prompt_tokens_details": {"cached_tokens": exchange.cached_tokens},
     }
 
 

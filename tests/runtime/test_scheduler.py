@@ -68,6 +68,11 @@ def on_engine(tiny_engine: Path) -> Alone:
     return Alone(tiny_engine)
 
 
+@pytest.fixture(scope="module")
+def in_torch(tiny_checkpoint: Path) -> Alone:
+    return Alone(tiny_checkpoint)
+
+
 #: When it comes, where its prompt begins, its length, tokens wanted, a sampling seed or none, when it is cancelled.
 arrivals = st.tuples(
     st.integers(0, 12),
@@ -93,9 +98,9 @@ def test_each_is_answered_as_alone_whoever_comes_and_goes(
 @whoever
 @settings(max_examples=5)
 def test_so_it_is_in_torch(
-    tiny_checkpoint: Path, given_jobs: list[tuple[Any, ...]], prefill_tokens: int, reuse: bool
+    in_torch: Alone, given_jobs: list[tuple[Any, ...]], prefill_tokens: int, reuse: bool
 ) -> None:
-    check(Alone(tiny_checkpoint), given_jobs, prefill_tokens, reuse)
+    check(in_torch, given_jobs, prefill_tokens, reuse)
 
 
 def check(alone: Alone, given_jobs: list[tuple[Any, ...]], prefill_tokens: int, reuse: bool) -> None:
@@ -166,6 +171,34 @@ def test_prompts_that_begin_alike_are_computed_once(on_engine: Alone) -> None:
     assert again.reused == 55  # its prompt, not its answer
     for job in [*jobs, again]:
         assert job.answer.generation().token_ids == on_engine.answer(job.prompt_ids, job.params)
+
+
+def test_a_steps_share_is_used_up(on_engine: Alone) -> None:
+    session, ids = on_engine.session, on_engine.ids
+    batch = Batch(session.backend, 64, PrefixCache(2**24))
+    jobs = [Job(session, [*ids[:50], *ids[n : n + 5]], wanting(4)) for n in range(3)]
+    batch.waiting.extend(jobs)
+    batch.step()  # 55, and what is new of the others while it fits into 64
+    assert [job.filled for job in jobs[:2]] == [55, 55]
+    batch.step()
+    assert batch.rows == jobs
+    long, short = (Job(session, some, wanting(40)) for some in (ids[:70], ids[7:40]))
+    batch = Batch(session.backend, 64)
+    batch.waiting.extend([long, short])
+    batch.step()
+    assert (long.filled, short.filled) == (64, 0)
+    batch.step()  # the rest of the one, and the whole of the other
+    assert (long.filled, short.filled) == (70, 33)
+
+
+def test_a_sequence_too_large_to_remember_pushes_none_out() -> None:
+    cache = PrefixCache(max_bytes=1000)
+    small, large = [1] * SHORTEST, [2] * 2 * SHORTEST
+    cache.put(small, lambda length: {"0.key": np.zeros(10)})
+    cache.put(large, lambda length: {"0.key": np.zeros(1000)})
+    assert cache.find([*small, 5, 6]) is not None
+    assert cache.find([*large, 5, 6]) is None
+    assert cache.bytes == 80
 
 
 def test_what_is_remembered_is_bounded_and_the_oldest_goes() -> None:
@@ -378,6 +411,87 @@ def test_an_engine_that_fails_once_takes_only_those_that_ran(
     assert running.drain(30)
     assert ["out of memory" in str(job.error) for job in jobs] == [True, True, True, False]
     assert jobs[3].answer.generation().token_ids == on_engine.answer([8], wanting(100))
+
+
+def test_what_ended_in_a_step_that_failed_is_told(
+    on_engine: Alone, scheduler: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = scheduler(max_queue=2)
+    heard, jobs = held(on_engine, running, 4)
+    backend, extend = on_engine.session.backend, on_engine.session.backend.extend
+
+    def fail(*_: Any, **__: Any) -> Any:
+        monkeypatch.setattr(backend, "extend", extend)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(backend, "extend", fail)
+    jobs[1].cancel()  # the step that takes them out is the one that fails
+    jobs[3].cancel()
+    heard.gate.set()
+    assert running.drain(10)  # or else their places would be lost for ever
+    assert running.load().running == running.load().waiting == 0
+
+
+def test_a_listener_that_has_gone_ends_nobody_else(on_engine: Alone, scheduler: Callable[..., Scheduler]) -> None:
+    def gone(_: object) -> None:
+        raise RuntimeError("Event loop is closed")
+
+    running = scheduler(timeout_s=30)
+    deaf = [Job(on_engine.session, [5], wanting(9), gone) for _ in range(2)]
+    deaf[1].cancel()
+    other = Job(on_engine.session, [6], wanting(9))
+    running.submit([*deaf, other])
+    assert running.drain(10)
+    assert other.answer.generation().token_ids == on_engine.answer([6], wanting(9))
+    assert all(job.error is not None for job in deaf)
+    assert running.alive
+
+
+def test_whoever_counts_may_fail(on_engine: Alone) -> None:
+    def fail(job: Job) -> None:
+        raise KeyError("ended")
+
+    with Scheduler(on_engine.session, ended=fail) as running:
+        for _ in range(2):
+            running.submit([Job(on_engine.session, [5], wanting(3))])
+        assert running.drain(10)
+        assert running.alive
+
+
+def test_closing_leaves_no_text_behind(on_engine: Alone, scheduler: Callable[..., Scheduler]) -> None:
+    running = scheduler()
+    heard, _ = held(on_engine, running, 1)
+    scores = [running.score(on_engine.ids[:20]) for _ in range(3)]
+    closing = threading.Thread(target=running.close)
+    closing.start()
+    while running.accepting:
+        threading.Event().wait(0.01)
+    heard.gate.set()
+    closing.join(10)
+    assert isinstance(scores[-1].exception(10), ClosedError)
+    assert running.drain(1)
+
+
+def test_a_text_that_waited_too_long_is_not_scored(on_engine: Alone, scheduler: Callable[..., Scheduler]) -> None:
+    running = scheduler(timeout_s=0.2)
+    heard, _ = held(on_engine, running, 1)
+    score = running.score(on_engine.ids[:20])
+    threading.Event().wait(0.3)
+    heard.gate.set()
+    assert isinstance(score.exception(10), DeadlineError)
+
+
+def test_no_more_are_said_to_wait_than_may(on_engine: Alone, scheduler: Callable[..., Scheduler]) -> None:
+    running = scheduler(max_queue=2)
+    heard = Heard()
+    heard.gate.clear()
+    running.submit([Job(on_engine.session, [5], wanting(3), heard)])
+    heard.next()  # one has a place, and two more places are free until the next step
+    running.submit([Job(on_engine.session, [6], wanting(3)) for _ in range(4)])
+    assert (running.load().running, running.load().waiting) == (3, 2)
+    heard.gate.set()
+    assert running.drain(10)
+    assert (running.load().running, running.load().waiting) == (0, 0)
 
 
 def test_a_text_is_scored_between_steps(on_engine: Alone, scheduler: Callable[..., Scheduler]) -> None:

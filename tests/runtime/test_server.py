@@ -7,18 +7,20 @@ import json
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openai
+import psutil
 import pytest
 
 from flabc import api
@@ -28,11 +30,19 @@ from flabc.runtime.evaluate.task import EvalOptions
 from flabc.runtime.sampling import SamplingParams
 from flabc.runtime.session import Session
 
-from .test_harness import tasks  # noqa: F401
+from .test_harness import QUESTIONS, tasks  # noqa: F401
 
 PROMPT = "def fibonacci(n):\n    return"
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "print(1)?"}]
 LENGTH = 320
+
+
+def soon(true: Callable[[], bool]) -> bool:
+    """Whether something is true within seconds."""
+    end = time.monotonic() + 10
+    while not true() and time.monotonic() < end:
+        time.sleep(0.02)
+    return true()
 
 
 class Live:
@@ -71,13 +81,9 @@ class Live:
         found = re.findall(rf"^flabc:{name}(?:{{.*}})? (\S+)$", self.get("/metrics")[1], re.M)
         return sum(map(float, found))
 
-    def settled(self, running: int = 0) -> bool:
-        """Whether soon so many requests run."""
-        for _ in range(200):
-            if self.metric("num_requests_running") == running:
-                return True
-            time.sleep(0.02)
-        return False
+    def settled(self) -> bool:
+        """Whether soon no request runs."""
+        return soon(lambda: self.metric("num_requests_running") == 0)
 
     def close(self) -> None:
         for client in self.clients:
@@ -99,23 +105,21 @@ def live(tiny_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     assert "Traceback" not in log.read_text()
 
 
-@pytest.fixture
-def narrow(tiny_engine: Path, tmp_path: Path) -> Iterator[Live]:
+@pytest.fixture(scope="module")
+def narrow(tiny_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     """A server of few places and many conditions."""
-    keys = tmp_path / "keys"
-    keys.write_text("# of the tests\nfirst-key\n\nsecond-key\n")
-    server = Live(
-        tiny_engine,
-        tmp_path / "log",
-        "--max-batch",
-        "1",
-        "--max-queue",
-        "1",
-        "--api-key-file",
-        str(keys),
-        "--timeout",
-        "20",
-    )
+    keys = tmp_path_factory.mktemp("narrow") / "keys"
+    keys.write_text("\ufefffirst-key\n# of the tests\n\nsecond-key\n", encoding="utf-8")
+    limits = ("--max-batch", "1", "--max-queue", "1", "--timeout", "20")
+    server = Live(tiny_engine, keys.with_name("log"), "--api-key-file", str(keys), *limits)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def hasty(tiny_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """A server that waits for nobody."""
+    server = Live(tiny_engine, tmp_path_factory.mktemp("hasty") / "log", "--max-batch", "1", "--timeout", "0.5")
     yield server
     server.close()
 
@@ -337,6 +341,67 @@ def test_odd_bodies_and_paths_get_error_objects(live: Live) -> None:
     assert json.loads(live.get("/v1/models/tiny")[1])["max_model_len"] == LENGTH
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000, "-" + "9" * 4000, "true"])
+def test_no_number_makes_the_server_fail(live: Live, number: str) -> None:
+    for name in ("temperature", "top_p", "min_p", "repetition_penalty", "top_k", "seed", "n", "logprobs", "unknown"):
+        body = f'{{"model": "tiny", "prompt": "a", "max_tokens": 1, "{name}": {number}}}'
+        code, told = live.post("/v1/completions", body.encode())
+        assert code in (200, 400), (name, told)
+    for body in (f'"prompt": [{number}]', f'"prompt": "a", "max_tokens": {number}', f'"prompt": [[1, {number}]]'):
+        code, told = live.post("/v1/completions", f'{{"model": "tiny", "stop": ["a"], {body}}}'.encode())
+        assert code in (200, 400), told
+
+
+def test_tokens_known_before_are_no_more_than_the_prompts(live: Live) -> None:
+    ask = live.client().completions.create
+    prompt = [7, *range(30, 60)]
+    for known in (0, len(prompt) - 2):
+        given = ask(model="tiny", prompt=prompt, n=3, max_tokens=2, temperature=0)
+        assert given.usage.prompt_tokens == len(prompt)
+        assert given.usage.prompt_tokens_details.cached_tokens == known
+
+
+def test_a_request_that_takes_too_long_is_told_so(hasty: Live) -> None:
+    body = {"model": "tiny", "prompt": "x", "n": 40, "max_tokens": 2000, "temperature": 0}
+    code, told = hasty.post("/v1/completions", body)
+    assert (code, json.loads(told)["error"]["type"]) == (504, "timeout_error")
+    assert "longer than 0.5 s" in json.loads(told)["error"]["message"]
+    code, told = hasty.post("/v1/completions", body | {"stream": True})
+    events = [line.removeprefix("data: ") for line in told.splitlines() if line]
+    assert (code, json.loads(events[-1])["error"]["code"]) == (200, "timeout")
+    assert json.loads(events[0])["choices"][0]["text"]
+    with pytest.raises(openai.APIError, match=r"longer than 0\.5 s"):
+        list(hasty.client().completions.create(stream=True, **body))
+    assert hasty.settled()
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(hasty: Live) -> None:
+    connection = http.client.HTTPConnection(hasty.url.removeprefix("http://"), timeout=30)
+    connection.putrequest("POST", "/v1/completions")
+    connection.putheader("Content-Type", "application/json")
+    connection.putheader("Content-Length", "100")
+    connection.endheaders(b'{"model"')
+    reply = connection.getresponse()
+    assert (reply.status, "after 0.5 s" in reply.read().decode()) == (408, True)
+    connection.close()
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="this system has no bound for unread data")
+def test_a_client_that_does_not_read_is_dropped(hasty: Live) -> None:
+    def open_here() -> int:
+        found = psutil.Process(hasty.process.pid).net_connections("tcp")
+        return sum(each.status == psutil.CONN_ESTABLISHED and each.raddr == address for each in found)
+
+    host, port = hasty.url.removeprefix("http://").split(":")
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect((host, int(port)))
+        address = deaf.getsockname()
+        assert soon(lambda: open_here() == 1)
+        deaf.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 2000)
+        assert soon(lambda: open_here() == 0)
+
+
 def test_bodies_have_a_largest_size(live: Live) -> None:
     large = {"model": "tiny", "prompt": "a" * 30_000}
     assert live.post("/v1/completions", large)[0] == 413
@@ -380,8 +445,9 @@ def test_a_client_that_goes_frees_its_place(live: Live) -> None:
         if stream:
             connection.getresponse().read(10)
         connection.close()
+        # Cancelled, and not answered for nobody.
+        assert soon(lambda failed=failed: live.metric("request_failure_total") > failed)  # type: ignore[misc]
         assert live.settled()
-        assert live.metric("request_failure_total") >= failed + 1  # cancelled, and not answered for nobody
 
 
 def test_keys_are_asked_for(narrow: Live) -> None:
@@ -391,6 +457,13 @@ def test_keys_are_asked_for(narrow: Live) -> None:
         with pytest.raises(openai.AuthenticationError, match="missing or wrong"):
             narrow.client(key).models.list()
     assert narrow.get("/v1/models")[0] == 401
+    twice = http.client.HTTPConnection(narrow.url.removeprefix("http://"), timeout=30)
+    twice.putrequest("GET", "/v1/models")
+    for key in ("third-key", "first-key"):  # whoever looked at the first before must not be outwitted
+        twice.putheader("Authorization", f"Bearer {key}")
+    twice.endheaders()
+    assert twice.getresponse().status == 401
+    twice.close()
     assert narrow.get("/ready")[0] == narrow.get("/metrics")[0] == 200
 
 
@@ -457,11 +530,27 @@ def test_killed_it_serves_again_after_a_start(tiny_engine: Path, tmp_path: Path)
 
 
 @pytest.mark.filterwarnings("default")  # what others warn of is theirs
-def test_lm_evals_own_client_gets_what_a_session_gives(live: Live, tiny_engine: Path, tasks: Path) -> None:  # noqa: F811
+def test_lm_evals_own_client_gets_what_a_session_gives(
+    live: Live,
+    session: Session,
+    tiny_engine: Path,
+    tasks: Path,  # noqa: F811
+) -> None:
+    def likelihood(question: str, choice: str) -> float:
+        ids, begin = session.codec.encode(question + choice), len(session.codec.encode(question))
+        logits = session.backend.score(np.array([ids[:-1]]))[0].astype(np.float64)
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        return float(logprobs[np.arange(begin - 1, len(ids) - 1), ids[begin:]].sum())
+
     options = EvalOptions(task="lm-eval:flabc_choice", data=tasks, tokenizer=tiny_engine, batch=2)
-    over_http = api.evaluate(live.url, options).rows
-    in_process = api.evaluate(tiny_engine, options).rows
-    assert [row.target for row in over_http] == [row.target for row in in_process]
+    found = {row.metric.split()[-1]: row.target.value for row in api.evaluate(live.url, options).rows}
+    right = []
+    for asked in QUESTIONS:
+        choices: Any = asked["choices"]
+        sums = [likelihood(str(asked["question"]), choice) for choice in choices]
+        means = [total / len(choice) for total, choice in zip(sums, choices, strict=True)]
+        right.append([int(np.argmax(each)) == asked["gold"] for each in (sums, means)])
+    assert (found["acc"], found["acc_norm"]) == tuple(np.mean(right, axis=0))
 
 
 @pytest.mark.filterwarnings("default")  # what others warn of is theirs

@@ -87,7 +87,7 @@ def serve(
 
     keys = _keys(api_key_file) if api_key_file else []
     folder = Path(settle(engine, "engine", "ENGINE"))
-    listening = listen(host, port)
+    listening = listen(host, port, timeout)
     session = Session.open(folder, limits=Limits(max_batch, max_length, threads=threads))
     policy = Policy(max_queue, prefill_tokens, prefix_cache, timeout)
     known = name or folder.resolve().name
@@ -99,7 +99,11 @@ def serve(
 
 
 def _keys(file: Path) -> list[str]:
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file} is no text.", expected="one key a line, in UTF-8") from error
+    lines = [line.strip() for line in text.splitlines()]
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
         raise UsageError(f"{file} has no key.", expected="one key a line", fix="Leave --api-key-file out to need none.")
