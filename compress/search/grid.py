@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import ceil
+from typing import Any
 
 from flabc.families import Part
 from flabc.spec import LayerSpec, ModelSpec
@@ -10,7 +12,9 @@ from flabc.spec import LayerSpec, ModelSpec
 from ..allocate import Pool
 from ..config import WidthsConfig
 from ..model import CausalLM
+from ..stage import Context
 from ..units import KINDS, Place, places, unit_parameters
+from ..widths import to_remove, widths
 from .genome import Genome, Site, Space
 
 #: The part of a layer that each kind of unit belongs to.
@@ -52,6 +56,32 @@ def rates_of(whole: Genome, genome: Genome, kinds: Sequence[str]) -> dict[str, l
         ]
         for kind in kinds
     }
+
+
+def genome_at(whole: Genome, rates: Mapping[Any, Sequence[float]]) -> Genome:
+    """The genome that a widths stage's ``rates`` ask for, before alignment."""
+    return whole.with_units(
+        {
+            (kind, layer): round(whole.units((kind, layer)) * (1 - rate))
+            for kind, shares in rates.items()
+            for layer, rate in enumerate(shares)
+        }
+    )
+
+
+def parameters_to_remove(model: CausalLM, config: WidthsConfig, context: Context) -> int:
+    """What the widths stage would take away: by its rate, for the target, or by its rates if there is no target.
+
+    Raises:
+        StageError: if nothing says.
+    """
+    whole = genome_of(model.spec)
+    prices = {place: unit_parameters(model, place) for place in places(model, config.of)}
+    if config.rates is not None and context.target_parameters is None:
+        left = widths(model, config, context, {})
+        return sum((whole.units(place) - units) * prices[place] for place, units in left.items())
+    total = sum(whole.units(place) * price for place, price in prices.items())
+    return ceil(to_remove(total, config, context, model))
 
 
 def pool_of(model: CausalLM, site: Site) -> Pool:

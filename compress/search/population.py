@@ -7,7 +7,7 @@ is then a choice of levels, and genomes that agree on their first layers share t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from flabc.errors import CorpusError
 
 from .. import bias
+from ..allocate import Pool
 from ..config import WidthsConfig
 from ..criteria import kl
 from ..data.corpus import Document
@@ -24,6 +25,7 @@ from ..stage import Context
 from ..units import KINDS
 from ..walk import Decision, Variant, Walk, dense_variant
 from .genome import Genome, Place, Space
+from .grid import pool_of
 
 
 @dataclass(frozen=True)
@@ -31,18 +33,26 @@ class Population:
     """A model whose places have been cut to every level of a space.
 
     Args:
-        model: as it was before, with the biases that the stage switches on.
+        dense: what candidates are compared with; of the same vocabulary.
+        model: as the widths stage finds it, with the biases that the stage switches on.
         space: what can be asked for.
         levels: what each place becomes at each level but the highest, and absence.
         worth: of each unit of each place, by which the units go.
         context: where to compute.
     """
 
+    dense: CausalLM
     model: CausalLM
     space: Space
     levels: Levels
     worth: Mapping[Place, Tensor]
     context: Context
+
+    @property
+    def pools(self) -> list[Pool]:
+        """The sites as the allocations see them."""
+        sites = self.space.sites
+        return [replace(pool_of(self.model, site), worth=self.worth[site.place]) for site in sites]
 
     def decision(self, genome: Genome, layer: int) -> Decision:
         """What a genome leaves of a layer."""
@@ -70,9 +80,10 @@ class Measured:
 
     @cached_property
     def _dense(self) -> Tensor:
-        """The hidden states of the model as it is, (N, T, D)."""
-        dense = dense_variant(self.population.model.spec)
-        return self.walk.run([dense])[dense]
+        """The hidden states of the dense model, (N, T, D)."""
+        model = self.population.dense
+        dense = dense_variant(model.spec)
+        return replace(self.walk, model=model, narrow=None).run([dense])[dense]
 
     @property
     def weight(self) -> int:
@@ -92,10 +103,11 @@ def with_biases(model: CausalLM, config: WidthsConfig) -> CausalLM:
     return bias.switched_on(model, bias.addable(model, roles) if config.bias == "add" else ())
 
 
-def population_of(model: CausalLM, space: Space, config: WidthsConfig, context: Context) -> Population:
+def population_of(dense: CausalLM, model: CausalLM, space: Space, config: WidthsConfig, context: Context) -> Population:
     """Cut every place to every level.
 
     Args:
+        dense: what candidates are to be compared with.
         model: as the widths stage finds it, ``with_biases``.
         space: the levels.
         config: the stage, whose score, refit and biases count.
@@ -113,7 +125,7 @@ def population_of(model: CausalLM, space: Space, config: WidthsConfig, context: 
         restore=config.restore,
         bias=config.bias != "none",
     )
-    return Population(model, space, levels, worth, context)
+    return Population(dense, model, space, levels, worth, context)
 
 
 def check_apart(searched: Sequence[Document], evaluated: Sequence[Document]) -> None:

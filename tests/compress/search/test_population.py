@@ -28,9 +28,9 @@ MakeContext = Callable[..., Context]
 
 def made(model: CausalLM, context: Context, **fields: Any) -> tuple[Population, WidthsConfig]:
     config = WidthsConfig.model_validate({"of": ("ffn", "heads"), "multiple_of": 8, **fields})
-    model = with_biases(model, config)
-    space = space_of(model, config, round(0.8 * model.spec.num_parameters), 5, sub_blocks=True)
-    return population_of(model, space, config, context), config
+    start = with_biases(model, config)
+    space = space_of(start, config, round(0.8 * start.spec.num_parameters), 5, sub_blocks=True)
+    return population_of(model, start, space, config, context), config
 
 
 def some(population: Population, count: int) -> list[Genome]:
