@@ -176,6 +176,20 @@ def test_what_cannot_be_done_is_refused_before_any_work(wanted: Path, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_transcript_is_replayed_and_written_anew(model: str, wanted: Path, tmp_path: Path) -> None:
+    said = {"candidates": [{"how": "initial", "ffn": [0.1, 0.3, 0.5], "heads": [0, 0.5, 0]}]}
+    file = tmp_path / "said.jsonl"
+    lines = [json.dumps({"text": text, "prompt_tokens": 9, "completion_tokens": 4}) for text in ("?", json.dumps(said))]
+    file.write_text("".join(f"{line}\n" for line in lines))
+    options = SMALL.model_copy(update={"operator": "llm", "evaluations": 1, "llm_replay": file})
+    found = searching.search(model, wanted, tmp_path / "out", options)
+    assert (found.asked, found.valid, found.prompt_tokens, found.completion_tokens) == (2, 1, 18, 8)
+    assert found.ffn[0] > found.ffn[1] > found.ffn[2]
+    assert (tmp_path / "out" / "transcript.jsonl").read_text() == file.read_text()
+    with pytest.raises(UsageError, match="nobody to ask"):
+        searching.search(model, wanted, tmp_path / "other", Options(operator="llm"))
+
+
 def test_the_command_prints_a_table_or_one_object(model: str, wanted: Path, tmp_path: Path) -> None:
     arguments = ["search", model, "--recipe", str(wanted), "--operator", "uniform", "--sequences", "3"]
     shown = CliRunner().invoke(cli, [*arguments, "-o", str(tmp_path / "out")], catch_exceptions=False)

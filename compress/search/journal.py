@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,20 @@ CREATE TABLE IF NOT EXISTS candidates (
 CREATE TABLE IF NOT EXISTS evaluations (
     genome TEXT NOT NULL, rung INTEGER NOT NULL, kl REAL NOT NULL, PRIMARY KEY (genome, rung)
 );
+CREATE TABLE IF NOT EXISTS replies (
+    number INTEGER PRIMARY KEY, text TEXT NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL
+);
+CREATE TABLE IF NOT EXISTS gave_up (number INTEGER PRIMARY KEY);
 """
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a language model said, and the tokens that it took."""
+
+    text: str
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
 
 
 class Journal:
@@ -46,6 +60,9 @@ class Journal:
             raise ArtifactError(f"{file} is not a journal of a search: {error}.") from error
         rows = self._connection.execute("SELECT genome, rung, kl FROM evaluations").fetchall()
         self.known: dict[tuple[Genome, int], float] = {(Genome.parse(key), rung): kl for key, rung, kl in rows}
+        rows = self._connection.execute("SELECT number, text, prompt_tokens, completion_tokens FROM replies").fetchall()
+        self.replies: dict[int, Reply] = {number: Reply(*rest) for number, *rest in rows}
+        self.gave_up = bool(self._connection.execute("SELECT 1 FROM gave_up").fetchone())
 
     def __enter__(self) -> Journal:
         return self
@@ -95,3 +112,15 @@ class Journal:
         """All genomes in the order in which they were proposed: genome, origin, repair."""
         rows = self._connection.execute("SELECT genome, origin, repair FROM candidates ORDER BY number")
         return [(Genome.parse(key), origin, repair) for key, origin, repair in rows]
+
+    def hear(self, number: int, reply: Reply) -> None:
+        """Note what a language model said, so that it is not asked again."""
+        with self._connection:
+            self._connection.execute("INSERT INTO replies VALUES (?, ?, ?, ?)", (number, *vars(reply).values()))
+        self.replies[number] = reply
+
+    def give_up(self) -> None:
+        """Note that the language model has failed for good."""
+        with self._connection:
+            self._connection.execute("INSERT OR IGNORE INTO gave_up VALUES (1)")
+        self.gave_up = True

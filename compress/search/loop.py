@@ -36,13 +36,15 @@ def search(operator: Operator, task: Task, fitness: Fitness, better: Callable[[B
     """
     proposals, scores = operator(task), dict[Genome, Score]()
     population = next(proposals, [])
-    while population and len(scores) < task.evaluations:
+    while population:
         new = [candidate for candidate in population if candidate.genome not in scores]
         new = new[: task.evaluations - len(scores)]
         fitness.journal.propose((candidate.decoded, candidate.origin) for candidate in new)
         found = fitness(candidate.genome for candidate in new)
         scores |= found
         better(_best(scores))
+        if len(scores) == task.evaluations:  # before a language model is asked in vain
+            break
         try:
             population = proposals.send(scores)
         except StopIteration:

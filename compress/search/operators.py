@@ -1,4 +1,4 @@
-"""Operators: who proposes the next candidates. To add one, write a generator and list it in ``OPERATORS``.
+"""Operators: who proposes the next candidates. To add one, write a generator and list it in ``registry.OPERATORS``.
 
 An operator yields populations and is sent the scores of those that were evaluated, which may be fewer: the evaluations
 end when they are used up. It may depend on its task and on these scores alone, so that a run can be repeated.
@@ -7,14 +7,17 @@ end when they are used up. It may depend on its task and on these scores alone, 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from ..allocate import ALLOCATIONS, Pool
 from .fitness import Score
 from .genome import Decoded, Genome, Space
+
+if TYPE_CHECKING:
+    from .llm import Dialogue
 
 #: Mutations tried for a new genome before an operator takes it that there are none left.
 PATIENCE = 200
@@ -39,7 +42,8 @@ class Task:
         seed: the only source of chance.
         evaluations: genomes that will be evaluated at most.
         offspring: genomes of one generation.
-        start: where to begin, instead of the uniform genome.
+        start: where ``evolution`` begins, instead of the uniform genome.
+        dialogue: with a language model, for ``llm``.
     """
 
     space: Space
@@ -48,14 +52,23 @@ class Task:
     evaluations: int
     offspring: int
     start: Genome | None = None
+    dialogue: Dialogue | None = None
+
+    @property
+    def turns(self) -> list[int]:
+        """The sites in an order that goes all over the depth: what the grid leaves over makes no ramp."""
+        return sorted(range(len(self.space.sites)), key=lambda at: at * _GOLDEN % 1)
+
+    def beginning_at(self, start: Genome | None) -> Task:
+        """The same with another beginning."""
+        return replace(self, start=start)
 
     def allotted(self, allocation: str, slope: float = 0.0) -> Decoded:
         """The genome nearest to what an allocation of the widths stage gives."""
         gone = sum(site.parameters[-1] for site in self.space.sites) - self.space.budget
         left = ALLOCATIONS[allocation].allot(self.pools, gone, slope)
         levels = [site.level(units) for site, units in zip(self.space.sites, left, strict=True)]
-        # What the grid leaves over goes to places all over the depth, or a uniform genome would be a ramp.
-        return self.space.decode(levels, sorted(range(len(levels)), key=lambda at: at * _GOLDEN % 1))
+        return self.space.decode(levels, self.turns)
 
 
 @dataclass(frozen=True)
@@ -147,16 +160,6 @@ def mutated(space: Space, genome: Genome, rng: np.random.Generator) -> Decoded:
         levels[lower] -= 1
         levels[higher] += 1
     return space.decode(levels, rng.permutation(len(levels)).tolist())
-
-
-#: By their names on the command line.
-OPERATORS: dict[str, Operator] = {
-    "evolution": evolution,
-    "global": global_,
-    "ramp": ramp,
-    "random": random,
-    "uniform": uniform,
-}
 
 
 #: The score of what was not evaluated.

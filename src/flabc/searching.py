@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from flabc.compress.search.fitness import Fitness, Rung
     from flabc.compress.search.genome import Genome
     from flabc.compress.search.journal import Journal
+    from flabc.compress.search.llm import Client
     from flabc.compress.search.loop import Best
     from flabc.compress.search.operators import Task
     from flabc.compress.search.population import Population
@@ -34,6 +36,10 @@ if TYPE_CHECKING:
 
 #: The files of an output folder.
 JOURNAL, RECIPE, CANDIDATES, SUMMARY = "journal.sqlite", "recipe.yaml", "candidates.csv", "search.json"
+TRANSCRIPT = "transcript.jsonl"
+
+#: What is counted of a dialogue with a language model.
+COUNTED = ("asked", "valid", "prompt_tokens", "completion_tokens")
 
 
 class Options(Result):
@@ -41,6 +47,8 @@ class Options(Result):
 
     ``sequences`` are the calibration windows that candidates are compared on: all on the first number of them, the
     survivors on the next; ``levels`` the sizes that each place can have; ``evaluate_on`` the corpora of held-out text.
+    The operator ``llm`` asks ``llm_model`` at ``llm_url``, or takes its replies from a transcript; when that fails for
+    good, the search ends unless a ``fallback`` goes on.
     """
 
     operator: str = "evolution"
@@ -50,6 +58,10 @@ class Options(Result):
     sequences: tuple[int, ...] = (2, 8)
     sub_blocks: bool = False
     evaluate_on: tuple[str, ...] = ()
+    llm_url: str | None = None
+    llm_model: str | None = None
+    llm_replay: Path | None = None
+    fallback: Literal["evolution"] | None = None
 
 
 class Row(Result):
@@ -62,7 +74,10 @@ class Row(Result):
 
 
 class Searched(Result):
-    """What a search found. ``best`` and ``uniform`` are compared on text that was searched on, and on held-out text."""
+    """What a search found. ``best`` and ``uniform`` are compared on text that was searched on, and on held-out text.
+
+    ``asked`` counts the answers of a language model, ``valid`` those that could be used.
+    """
 
     path: Path
     recipe: dict[str, Any]
@@ -72,6 +87,10 @@ class Searched(Result):
     repaired: int
     ffn: tuple[int, ...]
     heads: tuple[int, ...]
+    asked: int = 0
+    valid: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
     best: Row
     uniform: Row
 
@@ -130,15 +149,20 @@ def _searched(
     from flabc.compress import load, pipeline
     from flabc.compress.search import loop
     from flabc.compress.search.fitness import Fitness
-    from flabc.compress.search.operators import OPERATORS
+    from flabc.compress.search.llm import Dialogue
     from flabc.compress.search.population import check_apart
+    from flabc.compress.search.registry import OPERATORS
 
     model = load.load(name)
     context = pipeline.context_of(model, recipe.target, recipe.calibration, device, seed)
     context = replace(context, heldout=_heldout(context, options))
     check_apart(context.documents, context.heldout)
     journal.settle(_settings(model, recipe, options, context))
+    dialogue = None
+    if options.operator == "llm":
+        dialogue = Dialogue(_client(options, journal, seed), journal, options.fallback is not None)
     population, task = _prepared(model, recipe, at, options, context)
+    task = replace(task, dialogue=dialogue)
     with progress("searching", options.evaluations, covers=True) as advance:
         teller = _Teller(advance)
         fitness = Fitness(_rungs(population, options), journal, teller.measured)
@@ -154,6 +178,7 @@ def _searched(
         repaired=sum(bool(repair) for _, _, repair in journal.candidates()),
         ffn=best.genome.ffn,
         heads=best.genome.heads,
+        **({name: getattr(dialogue, name) for name in COUNTED} if dialogue else {}),
         best=found_row,
         uniform=uniform_row,
     )
@@ -221,10 +246,13 @@ def _check(options: Options, recipe: Recipe) -> None:
         UnknownNameError: for an unknown operator.
         UsageError: if the numbers of sequences do not rise, or are more than there are.
     """
-    from flabc.compress.search.operators import OPERATORS
+    from flabc.compress.search.registry import OPERATORS
 
     if options.operator not in OPERATORS:
         raise UnknownNameError("operator", options.operator, OPERATORS)
+    asks = options.llm_replay is not None or (options.llm_url is not None and options.llm_model is not None)
+    if options.operator == "llm" and not asks:
+        raise UsageError("The operator llm has nobody to ask.", fix="Give --llm-url and --llm-model, or --llm-replay.")
     rising = (0, *options.sequences)
     if any(before >= after for before, after in pairwise(rising)) or rising[-1] > recipe.calibration.sequences:
         raise UsageError(
@@ -245,7 +273,7 @@ def _folder(out: Path, *, resume: bool, force: bool) -> Path:
     artifact.check_free(out, force=force or (resume and (out / JOURNAL).is_file()))
     out.mkdir(parents=True, exist_ok=True)
     if not resume:
-        for name in (JOURNAL, f"{JOURNAL}-journal", RECIPE, CANDIDATES, SUMMARY):
+        for name in (JOURNAL, f"{JOURNAL}-journal", RECIPE, CANDIDATES, SUMMARY, TRANSCRIPT):
             (out / name).unlink(missing_ok=True)
     return out
 
@@ -267,10 +295,21 @@ def _settings(model: CausalLM, recipe: Recipe, options: Options, context: Contex
         "model": model.source.model_dump(mode="json"),
         "recipe": recipe.model_dump(mode="json", exclude={"name", "description"}),
         "calibration": corpus.fingerprint(context.documents),
-        "options": options.model_dump(mode="json", exclude={"evaluations", "evaluate_on"}),
+        "options": options.model_dump(mode="json", exclude={"evaluations", "evaluate_on", "llm_replay"}),
         "seed": context.seed,
         "computed": f"{context.dtype} on {context.device}",
     }
+
+
+def _client(options: Options, journal: Journal, seed: int) -> Client:
+    """Whom the operator ``llm`` asks."""
+    from flabc.compress.search.client import endpoint, transcript
+
+    if options.llm_replay is not None:
+        return transcript(options.llm_replay, len(journal.replies))
+    assert options.llm_url is not None, "it was checked"
+    assert options.llm_model is not None, "it was checked"
+    return endpoint(options.llm_url, options.llm_model, seed)
 
 
 def _rungs(population: Population, options: Options) -> list[Rung]:
@@ -329,6 +368,9 @@ def _write(found: Searched, population: Population, fitness: Fitness) -> None:
     comment = f"# Made by flabc search; compress with --seed {found.seed}.\n"
     _replace(found.path / RECIPE, comment + yaml.safe_dump(found.recipe, sort_keys=False, default_flow_style=None))
     _replace(found.path / SUMMARY, found.model_dump_json(indent=2, exclude={"path"}) + "\n")
+    if found.asked:
+        replies = (json.dumps(vars(reply)) for _, reply in sorted(fitness.journal.replies.items()))
+        _replace(found.path / TRANSCRIPT, "".join(f"{line}\n" for line in replies))
     space, known, text = population.space, fitness.journal.known, io.StringIO()
     rest = population.model.spec.num_parameters - space.parameters(space.tops)
     table = csv.writer(text, lineterminator="\n")

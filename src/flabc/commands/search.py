@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     "--operator",
     default="evolution",
     show_default=True,
-    help="Who proposes: evolution (EvoPress), random, ramp (ATP), global (FLAP) or uniform.",
+    help="Who proposes: evolution (EvoPress), llm (Self-Pruner), random, ramp (ATP), global (FLAP) or uniform.",
 )
 @click.option("--evaluations", type=AT_LEAST_ONE, default=400, show_default=True, help="Candidates at most.")
 @click.option("--seed", type=int, help="Makes the search repeatable; picks the calibration text.  [default: 0]")
@@ -43,6 +43,16 @@ if TYPE_CHECKING:
 )
 @click.option("--sub-blocks", is_flag=True, help="Let attention or FFN of a layer go altogether.")
 @click.option("--evaluate-on", multiple=True, help="A corpus to evaluate on, which was not searched on; repeatable.")
+@click.option("--llm-url", help="For llm: an OpenAI-compatible endpoint; its key in OPENAI_API_KEY.")
+@click.option("--llm-model", help="For llm: the model's name there.")
+@click.option(
+    "--llm-replay",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="For llm: the transcript.jsonl of a search, in place of an endpoint.",
+)
+@click.option(
+    "--fallback", type=click.Choice(["evolution"]), help="Who goes on when the language model fails for good."
+)
 @click.option("--device", default="cpu", show_default=True, help="A torch device.")
 @click.option("--resume", is_flag=True, help="Go on with the journal in the output folder.")
 @click.option("--force", is_flag=True, help="Replace an output folder that is not empty.")
@@ -61,6 +71,10 @@ def search(
     sequences: tuple[int, ...],
     sub_blocks: bool,
     evaluate_on: tuple[str, ...],
+    llm_url: str | None,
+    llm_model: str | None,
+    llm_replay: Path | None,
+    fallback: Literal["evolution"] | None,
     device: str,
     resume: bool,
     force: bool,
@@ -91,6 +105,10 @@ def search(
         sequences=sequences,
         sub_blocks=sub_blocks,
         evaluate_on=evaluate_on,
+        llm_url=llm_url,
+        llm_model=llm_model,
+        llm_replay=llm_replay,
+        fallback=fallback,
     )
     found = searching.search(
         model,
@@ -114,4 +132,7 @@ def _show(found: Searched) -> None:
     click.echo(f"{'':<12} {'parameters':>12} {'KL':>9} {'held-out KL':>12}")
     for row in (found.uniform, found.best) if found.operator != "uniform" else (found.best,):
         click.echo(f"{row.name:<12} {row.parameters / 1e6:>10.2f} M {row.kl:>9.4f} {row.heldout_kl:>12.4f}")
+    if found.asked:
+        tokens = f"{found.prompt_tokens:,} + {found.completion_tokens:,} tokens"
+        click.echo(f"{found.valid} of {found.asked} answers could be used; {tokens}", err=True)
     click.echo(f"{found.evaluations} evaluations; wrote {found.path / 'recipe.yaml'}", err=True)
