@@ -184,7 +184,7 @@ def test_a_transcript_is_replayed_and_written_anew(model: str, wanted: Path, tmp
     options = SMALL.model_copy(update={"operator": "llm", "evaluations": 1, "llm_replay": file})
     found = searching.search(model, wanted, tmp_path / "out", options)
     assert (found.asked, found.valid, found.prompt_tokens, found.completion_tokens) == (2, 1, 18, 8)
-    assert found.ffn[0] > found.ffn[1] > found.ffn[2]
+    assert found.ffn[0] >= found.ffn[1] >= found.ffn[2] < found.ffn[0]
     assert (tmp_path / "out" / "transcript.jsonl").read_text() == file.read_text()
     with pytest.raises(UsageError, match="nobody to ask"):
         searching.search(model, wanted, tmp_path / "other", Options(operator="llm"))
