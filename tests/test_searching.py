@@ -21,7 +21,7 @@ from click.testing import CliRunner
 
 from flabc import api, recipe, searching
 from flabc.cli import cli
-from flabc.errors import ArtifactError, CorpusError, UnknownNameError, UsageError
+from flabc.errors import ArtifactError, CorpusError, LanguageModelError, UnknownNameError, UsageError
 from flabc.searching import Options, Searched
 
 SMALL = Options(evaluations=40, offspring=8, levels=6, sequences=(2, 6))
@@ -186,6 +186,11 @@ def test_a_transcript_is_replayed_and_written_anew(model: str, wanted: Path, tmp
     assert (found.asked, found.valid, found.prompt_tokens, found.completion_tokens) == (2, 1, 18, 8)
     assert found.ffn[0] >= found.ffn[1] >= found.ffn[2] < found.ffn[0]
     assert (tmp_path / "out" / "transcript.jsonl").read_text() == file.read_text()
+    more = options.model_copy(update={"evaluations": 3})
+    with pytest.raises(LanguageModelError, match="no more replies than 2"):
+        searching.search(model, wanted, tmp_path / "out", more, resume=True)
+    more = more.model_copy(update={"fallback": "evolution"})
+    assert searching.search(model, wanted, tmp_path / "out", more, resume=True).evaluations == 3
     with pytest.raises(UsageError, match="nobody to ask"):
         searching.search(model, wanted, tmp_path / "other", Options(operator="llm"))
 

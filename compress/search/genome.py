@@ -7,7 +7,7 @@ over the budget. What the repair changed is part of what comes back.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from flabc.errors import StageError
@@ -121,10 +121,6 @@ class Space:
     def tops(self) -> list[int]:
         """The highest level of each site."""
         return [len(site.sizes) - 1 for site in self.sites]
-
-    def on_budget(self, budget: int) -> Space:
-        """The same places on another budget."""
-        return replace(self, budget=budget)
 
     def parameters(self, levels: Sequence[int]) -> int:
         """Parameters of all sites together."""

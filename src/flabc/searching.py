@@ -288,14 +288,15 @@ def _heldout(context: Context, options: Options) -> Sequence[Document]:
 
 
 def _settings(model: CausalLM, recipe: Recipe, options: Options, context: Context) -> dict[str, Any]:
-    """All that the values in a journal, and their order, depend on; more evaluations only go on."""
+    """All that the values in a journal, and their order, depend on; more evaluations, or a fallback, only go on."""
     from flabc.compress.data import corpus
 
+    free = {"evaluations", "evaluate_on", "llm_url", "llm_replay", "fallback"}
     return {
         "model": model.source.model_dump(mode="json"),
         "recipe": recipe.model_dump(mode="json", exclude={"name", "description"}),
         "calibration": corpus.fingerprint(context.documents),
-        "options": options.model_dump(mode="json", exclude={"evaluations", "evaluate_on", "llm_replay"}),
+        "options": options.model_dump(mode="json", exclude=free),
         "seed": context.seed,
         "computed": f"{context.dtype} on {context.device}",
     }

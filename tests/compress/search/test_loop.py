@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +137,7 @@ def test_mutations_stay_on_the_budget_and_near(seed: int) -> None:
 
 def test_evolution_begins_where_it_is_told() -> None:
     start = run("evolution")[0].genome
-    tighter = Task(SPACE.on_budget(380), POOLS, 1, 1, 16, start)
+    tighter = Task(replace(SPACE, budget=380), POOLS, 1, 1, 16, start)
     with Journal(Path(":memory:")) as journal:
         found = search(OPERATORS["evolution"], tighter, Fitness([Rung(1, Landscape())], journal))
         assert [(origin, bool(repair)) for _, origin, repair in journal.candidates()] == [("start", True)]
