@@ -378,6 +378,8 @@ def _write(found: Searched, population: Population, fitness: Fitness) -> None:
     table.writerow(["number", "origin", "repair", "parameters", "rungs", "kl", "genome"])
     for number, (genome, origin, repair) in enumerate(fitness.journal.candidates(), 1):
         reached = sum((genome, at) in known for at in range(len(fitness.rungs)))
+        if not reached:  # proposed, cut off, and not come to again: fewer evaluations were asked for
+            continue
         kl = fitness.score(genome, reached - 1).kl
         parameters = rest + space.parameters(space.levels(genome))
         table.writerow([number, origin, repair, parameters, reached, kl, genome.key])
