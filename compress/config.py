@@ -151,8 +151,10 @@ class WidthsConfig(Amount):
         lt=1,
         description="Share of the parameters of what is narrowed to remove; without it, what the target still needs.",
     )
-    rates: dict[Literal["ffn", "heads"], tuple[Annotated[float, Field(ge=0, lt=1)], ...]] | None = Field(
-        None, description="The share to remove for each layer of each kind, in place of an allocation."
+    rates: dict[Literal["ffn", "heads"], tuple[Annotated[float, Field(ge=0, le=1)], ...]] | None = Field(
+        None,
+        description="The share to remove for each layer of each kind, in place of an allocation; 1 removes the "
+        "sub-block, and the layer if nothing else is in it.",
     )
     allocation: Annotated[str, *known("allocation", ALLOCATIONS)] = Field(
         "uniform",

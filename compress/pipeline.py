@@ -81,8 +81,28 @@ def run(
     Raises:
         StageError: if a stage cannot do what it was asked (it is named), or all together miss the target.
     """
-    context = replace(_context(model, target, calibration, device, seed), scratch=scratch)
-    dense, receipts = model, list[StageReceipt]()
+    context = replace(context_of(model, target, calibration, device, seed), scratch=scratch)
+    dense = model
+    model, receipts = run_stages(model, stages, context)
+    _check_target(model, context)
+    quality = {
+        "calibration": corpus.fingerprint(context.documents),
+        "heldout": corpus.fingerprint(context.heldout),
+        "heldout_bits_per_byte": {
+            "dense": bits_per_byte(dense, context),
+            "pruned": bits_per_byte(model, context),
+        },
+    }
+    return model, receipts, quality
+
+
+def run_stages(model: CausalLM, stages: Sequence[Config], context: Context) -> tuple[CausalLM, list[StageReceipt]]:
+    """Run some of a recipe's stages in order, whether or not they reach the target.
+
+    Raises:
+        StageError: if a stage cannot do what it was asked; it is named.
+    """
+    receipts = list[StageReceipt]()
     for config in stages:
         started = time.monotonic()
         name = str(getattr(config, "stage", type(config).__name__))
@@ -95,16 +115,7 @@ def run(
             raise StageError(f"Stage {name!r} stopped: {error}") from error
         seconds = round(time.monotonic() - started, 2)
         receipts.append(StageReceipt(name, plan.summary, model.spec.num_parameters, seconds, dict(plan.details)))
-    _check_target(model, context)
-    quality = {
-        "calibration": corpus.fingerprint(context.documents),
-        "heldout": corpus.fingerprint(context.heldout),
-        "heldout_bits_per_byte": {
-            "dense": bits_per_byte(dense, context),
-            "pruned": bits_per_byte(model, context),
-        },
-    }
-    return model, receipts, quality
+    return model, receipts
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -172,7 +183,13 @@ def device_named(name: str) -> torch.device:
     return device
 
 
-def _context(model: CausalLM, target: Target | None, calibration: Calibration, device: str, seed: int) -> Context:
+def context_of(model: CausalLM, target: Target | None, calibration: Calibration, device: str, seed: int) -> Context:
+    """What the stages of a recipe may use, beginning with this model.
+
+    Raises:
+        UsageError: if torch cannot compute on the device.
+        CorpusError: if there is not enough text.
+    """
     torch.manual_seed(seed)
     place, text = device_named(device), corpus.sides(calibration.corpus)
     return Context(

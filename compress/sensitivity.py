@@ -8,7 +8,7 @@ ZipLM (Kurtic et al., 2023); the measure is Flab-Pruner's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -47,8 +47,10 @@ def curves(
         tokens: what projections are heard on, (N, T); the first ``config.sequences`` are compared on.
         worth: filled with the score of each unit of each place, by which the units go.
     """
-    levels = _levels(model, config, context, tokens, worth)
-    walk = Walk(model, tokens[: config.sequences], context.device, context.dtype, _narrower(levels))
+    # Without biases: what is compared are layers with each other.
+    refitted = SCORES[config.score].gram or config.restore
+    levels = levels_of(model, config, context, tokens, worth, _shares, restore=refitted, bias=False)
+    walk = Walk(model, tokens[: config.sequences], context.device, context.dtype, narrower(levels))
     dense = dense_variant(model.spec)
     variants = {
         (place, left): without(dense, place[1], Decision(narrowed=((place[0], left),)))
@@ -86,6 +88,12 @@ def marginal_worth(scores: Tensor, curve: Curve) -> Tensor:
     return worth
 
 
+def _shares(_: Place, units: int) -> list[int]:
+    """The numbers of units left when each share is gone in its turn."""
+    left = dict.fromkeys(units - round(share * units) for share in SHARES)
+    return [number for number in sorted(left, reverse=True) if 0 < number < units]
+
+
 def _convex(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     """The lower convex hull of points in ascending order: no step costs less than the one before."""
     hull: list[tuple[int, float]] = []
@@ -100,29 +108,46 @@ def _slope(a: tuple[int, float], b: tuple[int, float]) -> float:
     return (b[1] - a[1]) / (b[0] - a[0])
 
 
-def _levels(
-    model: CausalLM, config: WidthsConfig, context: Context, tokens: Tensor, worth: dict[Place, Tensor]
+def levels_of(
+    model: CausalLM,
+    config: WidthsConfig,
+    context: Context,
+    tokens: Tensor,
+    worth: dict[Place, Tensor],
+    sizes: Callable[[Place, int], Iterable[int]],
+    *,
+    restore: bool,
+    bias: bool,
 ) -> dict[Place, dict[int, Cut]]:
-    score, levels = SCORES[config.score], dict[Place, dict[int, Cut]]()
-    gram = score.gram or config.restore
+    """What each place becomes when it keeps fewer of its units.
 
-    # Without biases: what is compared are layers with each other.
+    Args:
+        model: the model to cut.
+        config: the recipe's stage.
+        context: where to compute.
+        tokens: what projections are heard on, (N, T).
+        worth: filled with the score of each unit of each place, by which the units go.
+        sizes: of a place and its number of units, the numbers that stay in turn, each fewer and more than none.
+        restore: refit the projections.
+        bias: make up for the mean by the biases that there are.
+    """
+    score, levels = SCORES[config.score], dict[Place, dict[int, Cut]]()
+    gram = score.gram or restore
+
     def tell(place: Place, heard: Heard) -> None:
         scores = worth[place] = score.worth(heard)
-        widths = dict.fromkeys(len(scores) - round(share * len(scores)) for share in SHARES)
-        levels[place] = {
-            left: cut_place(model, place, heard, scores, left, restore=gram, bias=False).kept(
-                lambda tensor: context.keep(tensor, model)
-            )
-            for left in sorted(widths, reverse=True)
-            if 0 < left < len(scores)
-        }
+        levels[place] = {}
+        for left in sizes(place, len(scores)):
+            # With a bias a cut centres the Gram matrix, which the next one needs as it was.
+            once = replace(heard, gram=heard.gram.clone()) if bias and heard.gram is not None else heard
+            cut = cut_place(model, place, once, scores, left, restore=restore, bias=bias)
+            levels[place][left] = cut.kept(lambda tensor: context.keep(tensor, model))
 
     listen(model, config.of, tokens, context, tell, gram=gram)
     return levels
 
 
-def _narrower(levels: Levels) -> Narrow:
+def narrower(levels: Levels) -> Narrow:
     """How the walk narrows a layer that it has fetched."""
 
     def narrow(model: CausalLM, layer: int, decision: Decision) -> CausalLM:

@@ -17,7 +17,7 @@ from flabc.errors import StageError
 from . import bias
 from .allocate import ALLOCATIONS, Pool
 from .config import WidthsConfig
-from .model import CausalLM
+from .model import CausalLM, cut_layers, cut_sub_blocks
 from .score import SCORES, Heard
 from .sensitivity import curves, marginal_worth
 from .stage import Context, Plan, Stage
@@ -59,7 +59,9 @@ def plan(model: CausalLM, config: WidthsConfig, context: Context) -> WidthsPlan:
         cut = cut_place(model, place, heard, scores, left[place], restore=config.restore, bias=config.bias != "none")
         cuts[place] = cut.kept(lambda tensor: context.keep(tensor, model))
 
-    listen(model, config.of, context.tokens(model), context, choose, left, gram=score.gram or config.restore)
+    cuts |= {place: Cut((), {}, None) for place, units in left.items() if not units}
+    narrowed = {place: units for place, units in left.items() if units}
+    listen(model, config.of, context.tokens(model), context, choose, narrowed, gram=score.gram or config.restore)
     errors = {place: cut.error for place, cut in cuts.items() if cut.error is not None}
     return WidthsPlan(
         _summary(model, config, left, errors),
@@ -89,11 +91,15 @@ def _worth(model: CausalLM, config: WidthsConfig, context: Context) -> dict[Plac
 
 
 def apply(model: CausalLM, plan: WidthsPlan) -> CausalLM:
-    """Cut the units and put the refitted projections in place."""
+    """Cut the units, put the refitted projections in place, and remove the sub-blocks and layers that keep nothing."""
     model = bias.switched_on(model, plan.flags)
     for name, kind in KINDS.items():
-        model = kind.cut(model, {layer: kept for (of, layer), kept in plan.keep.items() if of == name})
-    return replace(model, weights={**model.weights, **plan.refitted})
+        model = kind.cut(model, {layer: kept for (of, layer), kept in plan.keep.items() if of == name and kept})
+    model = replace(model, weights={**model.weights, **plan.refitted})
+    gone = {name: [layer for (of, layer), kept in plan.keep.items() if of == name and not kept] for name in KINDS}
+    model = cut_sub_blocks(model, gone["heads"], gone["ffn"])
+    keep = [at for at, layer in enumerate(model.spec.layers) if layer.has_attention or layer.has_ffn]
+    return model if len(keep) == len(model.spec.layers) else cut_layers(model, keep)
 
 
 WIDTHS: Stage[WidthsConfig, WidthsPlan] = Stage(plan, apply)
@@ -118,8 +124,9 @@ def widths(model: CausalLM, config: WidthsConfig, context: Context, worth: Mappi
         return {}
     if config.rates is not None:
         left = _explicit(found, pools, config.rates)
+        _check_something_stays(model, found, left)
     else:
-        left = ALLOCATIONS[config.allocation].allot(pools, _budget(total, config, context, model), config.slope)
+        left = ALLOCATIONS[config.allocation].allot(pools, to_remove(total, config, context, model), config.slope)
     _check_reached(config, context, model, pools, left)
     return {place: units for place, pool, units in zip(found, pools, left, strict=True) if units < pool.units}
 
@@ -131,7 +138,7 @@ def _pool(model: CausalLM, place: Place, config: WidthsConfig, worth: Tensor | N
     return Pool(layer, units, unit_parameters(model, place), step, min(step, units), worth)
 
 
-def _budget(total: int, config: WidthsConfig, context: Context, model: CausalLM) -> float:
+def to_remove(total: int, config: WidthsConfig, context: Context, model: CausalLM) -> float:
     """Parameters to remove.
 
     Raises:
@@ -160,9 +167,24 @@ def _explicit(found: Sequence[Place], pools: Sequence[Pool], rates: Mapping[Any,
                 expected="one rate per layer for each kind in 'of'",
                 found=f"{len(rates.get(name, ()))} rates for {name}",
             )
-    return [
-        pool.aligned(pool.units * (1 - rates[name][layer])) for (name, layer), pool in zip(found, pools, strict=True)
-    ]
+    return [_kept(pool, rates[name][layer]) for (name, layer), pool in zip(found, pools, strict=True)]
+
+
+def _kept(pool: Pool, rate: float) -> int:
+    """The units that one rate leaves: all of them at 0, none at 1."""
+    if rate in (0, 1):
+        return pool.units * (rate == 0)
+    return pool.aligned(pool.units * (1 - rate))
+
+
+def _check_something_stays(model: CausalLM, found: Sequence[Place], left: Sequence[int]) -> None:
+    """A model has at least one sub-block.
+
+    Raises:
+        StageError: if the rates take them all.
+    """
+    if not any(left) and len(found) == len(places(model, list(KINDS))):
+        raise StageError("The rates remove every sub-block of the model.", expected="one rate below 1")
 
 
 def _check_reached(

@@ -196,8 +196,6 @@ def verdict(checks: Sequence[Check]) -> Outcome:
 
 def noise(pairs: Sequence[Pair], gates: Gates) -> dict[str, float]:
     """Of an engine against itself: the rise of each speed that these pairs could not tell from none."""
-    intervals = {
-        name: effect(log_ratios(pairs, name), 1.0, alpha=share(gates.alpha)).interval for name in gates.speed
-    }
+    intervals = {name: effect(log_ratios(pairs, name), 1.0, alpha=share(gates.alpha)).interval for name in gates.speed}
     # Which of the two was slower is chance, so both ends count.
     return {name: max(high, 1 / low) - 1 for name, (low, high) in intervals.items()}

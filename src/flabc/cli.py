@@ -18,6 +18,7 @@ from flabc import __version__
 from flabc.commands.build_options import build_flags, take_build_options
 from flabc.commands.gate import gate
 from flabc.commands.parameters import AT_LEAST_ONE, Group, Numbers, Size, json_option
+from flabc.commands.search import search
 from flabc.commands.serve import serve
 from flabc.errors import NOT_BUILT, FlabcError, UsageError
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 PLANNED = {
     "data": "Mine instruction tasks from code.",
     "recover": "Train what was cut back in.",
-    "search": "Find per-layer rates by evolution.",
 }
 
 FORCE = click.option("--force", is_flag=True, help="Replace an output folder that is not empty.")
@@ -516,6 +516,7 @@ def doctor(as_json: bool) -> None:
     emit(as_json, {"findings": [finding.model_dump() for finding in findings]}, show)
 
 
+cli.add_command(search)
 cli.add_command(serve)
 
 

@@ -8,6 +8,7 @@
     ├── RecipeError            a recipe or flabc.yaml that does not validate
     ├── CorpusError            calibration or evaluation text that cannot serve
     ├── StageError             a compression stage that cannot do what it was asked
+    ├── LanguageModelError     a language model that a search asks, and that fails for good
     ├── ArtifactError          a folder that is not what it claims to be
     ├── ParityError            an engine whose answers differ from the reference
     ├── EngineError            an engine that cannot be opened or run
@@ -90,6 +91,10 @@ class CorpusError(FlabcError):
 
 class StageError(FlabcError):
     """A compression stage that cannot do what it was asked."""
+
+
+class LanguageModelError(FlabcError):
+    """A language model that a search asks does not answer, or not in a way that can be used."""
 
 
 class ArtifactError(FlabcError):

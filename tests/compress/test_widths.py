@@ -17,10 +17,11 @@ from torch import Tensor
 
 from flabc.compress import checkpoint, load, units, widths
 from flabc.compress.config import WidthsConfig
-from flabc.compress.model import CausalLM, cut_channels
+from flabc.compress.model import CausalLM, cut_channels, cut_layers, cut_sub_blocks
 from flabc.compress.restore import refit
 from flabc.compress.score import Heard
 from flabc.compress.stage import Context
+from flabc.compress.stored import loaded
 from flabc.compress.walk import Walk, dense_variant
 from flabc.errors import StageError
 
@@ -434,3 +435,19 @@ def test_a_stage_has_a_rate_or_rates() -> None:
 def test_kinds_and_their_rates_go_together(fields: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         config_of(**fields)
+
+
+def test_rates_of_one_remove_sub_blocks_as_the_layers_stage_does(tied: CausalLM, make_context: MakeContext) -> None:
+    config = config_of(of=("ffn", "heads"), rates={"ffn": (1.0, 0.0, 1.0), "heads": (0.0, 0.0, 1.0)}, multiple_of=32)
+    cut = widths.apply(tied, widths.plan(tied, config, make_context(tied)))
+    there = cut_layers(cut_sub_blocks(tied, attention=[2], ffn=[0, 2]), [0, 1])
+    assert cut.spec == there.spec
+    assert cut.weights.keys() == there.weights.keys()
+    assert all(torch.equal(loaded(cut.weights[name]), loaded(there.weights[name])) for name in there.weights)
+
+
+def test_rates_leave_something(tied: CausalLM, make_context: MakeContext) -> None:
+    with pytest.raises(StageError, match="remove every sub-block"):
+        widths.plan(
+            tied, config_of(of=("ffn", "heads"), rates={"ffn": (1.0,) * 3, "heads": (1.0,) * 3}), make_context(tied)
+        )

@@ -1,0 +1,138 @@
+"""``flabc search``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from .parameters import AT_LEAST_ONE, Numbers, json_option
+
+if TYPE_CHECKING:
+    from flabc.searching import Searched
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--recipe", help="A shipped recipe or a YAML file, with one widths stage.  [default: flab-22]")
+@click.option(
+    "--target",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="The fraction of the parameters to keep, in place of the recipe's.",
+)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
+@click.option(
+    "--operator",
+    default="evolution",
+    show_default=True,
+    help="Who proposes: evolution (EvoPress), llm (Self-Pruner), random, ramp (ATP), global (FLAP) or uniform.",
+)
+@click.option("--evaluations", type=AT_LEAST_ONE, default=400, show_default=True, help="Candidates at most.")
+@click.option("--seed", type=int, help="Makes the search repeatable; picks the calibration text.  [default: 0]")
+@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change the recipe; repeatable.")
+@click.option("--offspring", type=AT_LEAST_ONE, default=16, show_default=True, help="Candidates of a generation.")
+@click.option("--levels", type=click.IntRange(2), default=16, show_default=True, help="Sizes that each place can have.")
+@click.option(
+    "--sequences",
+    type=Numbers(),
+    default="2,8",
+    show_default=True,
+    help="Calibration windows to compare on: all candidates on the first, survivors on more.",
+)
+@click.option("--sub-blocks", is_flag=True, help="Let attention or FFN of a layer go altogether.")
+@click.option("--evaluate-on", multiple=True, help="A corpus to evaluate on, which was not searched on; repeatable.")
+@click.option("--llm-url", help="For llm: an OpenAI-compatible endpoint; its key in OPENAI_API_KEY.")
+@click.option("--llm-model", help="For llm: the model's name there.")
+@click.option(
+    "--llm-replay",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="For llm: the transcript.jsonl of a search, in place of an endpoint.",
+)
+@click.option(
+    "--fallback", type=click.Choice(["evolution"]), help="Who goes on when the language model fails for good."
+)
+@click.option("--device", default="cpu", show_default=True, help="A torch device.")
+@click.option("--resume", is_flag=True, help="Go on with the journal in the output folder.")
+@click.option("--force", is_flag=True, help="Replace an output folder that is not empty.")
+@json_option
+def search(
+    model: str | None,
+    recipe: str | None,
+    target: float | None,
+    output: Path,
+    operator: str,
+    evaluations: int,
+    seed: int | None,
+    overrides: Sequence[str],
+    offspring: int,
+    levels: int,
+    sequences: tuple[int, ...],
+    sub_blocks: bool,
+    evaluate_on: tuple[str, ...],
+    llm_url: str | None,
+    llm_model: str | None,
+    llm_replay: Path | None,
+    fallback: Literal["evolution"] | None,
+    device: str,
+    resume: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Find how much each layer of MODEL loses, by trying, and write a recipe that says so.
+
+    Candidates are compared with the dense model by the KL between their token logits, a whole population at once.
+    The widths stage's score, refit and kinds count; its rates are what is found. Every evaluation is in the journal as
+    soon as it is made: with --resume a search that was cut off comes to the end that it would have come to. A recipe
+    that was found is a start for another target.
+
+    \b
+    flabc search smollm2-135m --target 0.78 -o searched
+    flabc compress smollm2-135m --recipe searched/recipe.yaml -o pruned
+    flabc search smollm2-135m --recipe searched/recipe.yaml --target 0.7 --evaluations 100 -o tighter
+    """
+    from flabc import searching
+    from flabc.project import Project, find, settle
+
+    model = settle(model, "model", "MODEL")
+    project = find() or Project(model=model)
+    options = searching.Options(
+        operator=operator,
+        evaluations=evaluations,
+        offspring=offspring,
+        levels=levels,
+        sequences=sequences,
+        sub_blocks=sub_blocks,
+        evaluate_on=evaluate_on,
+        llm_url=llm_url,
+        llm_model=llm_model,
+        llm_replay=llm_replay,
+        fallback=fallback,
+    )
+    found = searching.search(
+        model,
+        recipe or project.recipe,
+        output,
+        options,
+        target=target,
+        overrides=overrides,
+        device=device,
+        seed=project.seed if seed is None else seed,
+        resume=resume,
+        force=force,
+    )
+    if as_json:
+        click.echo(found.model_dump_json(indent=2))
+    else:
+        _show(found)
+
+
+def _show(found: Searched) -> None:
+    click.echo(f"{'':<12} {'parameters':>12} {'KL':>9} {'held-out KL':>12}")
+    for row in (found.uniform, found.best) if found.operator != "uniform" else (found.best,):
+        click.echo(f"{row.name:<12} {row.parameters / 1e6:>10.2f} M {row.kl:>9.4f} {row.heldout_kl:>12.4f}")
+    if found.asked:
+        tokens = f"{found.prompt_tokens:,} + {found.completion_tokens:,} tokens"
+        click.echo(f"{found.valid} of {found.asked} answers could be used; {tokens}", err=True)
+    click.echo(f"{found.evaluations} evaluations; wrote {found.path / 'recipe.yaml'}", err=True)

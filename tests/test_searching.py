@@ -1,0 +1,207 @@
+"""A search from a model to a recipe: the recipe is what compress takes, and a search that is killed goes on."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+
+from flabc import api, recipe, searching
+from flabc.cli import cli
+from flabc.errors import ArtifactError, CorpusError, LanguageModelError, UnknownNameError, UsageError
+from flabc.searching import Options, Searched
+
+SMALL = Options(evaluations=40, offspring=8, levels=6, sequences=(2, 6))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A little text, so that reading it takes no time."""
+    from flabc.compress.data.corpus import load
+
+    folder = tmp_path_factory.mktemp("corpus")
+    for side in ("calibration", "heldout"):
+        for at, document in enumerate([d for d in load("python-stdlib", side) if 1600 < len(d.text) < 12_000][:24]):
+            (folder / f"{side}-{at}.py").write_text(document.text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wanted(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """A recipe that cuts the vocabulary and a layer before, and refits after."""
+    file = tmp_path_factory.mktemp("wanted") / "wanted.yaml"
+    content = {
+        "name": "wanted",
+        "target": {"params": 0.72},
+        "calibration": {"corpus": str(corpus), "sequences": 6, "sequence_length": 48},
+        "stages": [
+            {"stage": "vocab", "max_size": 640},
+            {"stage": "widths", "of": ["ffn", "heads"], "multiple_of": 8, "score": "wifv"},
+            {"stage": "restore"},
+        ],
+    }
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Callable[[str], Path]) -> str:
+    return str(tiny("qwen2-tied"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(model: str, wanted: Path, tmp_path_factory: pytest.TempPathFactory) -> Searched:
+    return searching.search(model, wanted, tmp_path_factory.mktemp("searched") / "out", SMALL)
+
+
+def test_what_is_found_is_a_recipe_that_compress_takes(model: str, wanted: Path, unbroken: Searched) -> None:
+    found = recipe.load(unbroken.path / "recipe.yaml")
+    assert found.model_dump(exclude={"name", "description", "stages"}) == recipe.load(wanted).model_dump(
+        exclude={"name", "description", "stages"}
+    )
+    done = api.compress(model, unbroken.path / "recipe.yaml", None)
+    left = [(layer.intermediate_size, layer.num_key_value_heads) for layer in done.spec.layers]
+    assert left == list(zip(unbroken.ffn, unbroken.heads, strict=True))
+    assert done.spec.num_parameters == unbroken.best.parameters
+    assert 0.70 < done.kept <= 0.72
+
+
+def test_evolution_is_better_than_uniform_and_says_so(unbroken: Searched) -> None:
+    assert unbroken.evaluations == 40
+    assert unbroken.best.kl < unbroken.uniform.kl
+    with (unbroken.path / "candidates.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["origin"] for row in rows] == ["uniform"] + ["mutation"] * 39
+    whole = [float(row["kl"]) for row in rows if row["rungs"] == "2"]
+    assert min(whole) == unbroken.best.kl
+    assert float(rows[0]["kl"]) == unbroken.uniform.kl
+    assert 10 <= len(whole) < 20  # the first, and a quarter of the others
+    summary = json.loads((unbroken.path / "search.json").read_text())
+    assert Searched.model_validate({**summary, "path": unbroken.path}) == unbroken
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    return {name: (folder / name).read_text() for name in ("recipe.yaml", "candidates.csv", "search.json")}
+
+
+def evaluated(journal: Path) -> list[tuple[Any, ...]]:
+    try:
+        with sqlite3.connect(f"file:{journal}?mode=ro", uri=True) as connection:
+            return connection.execute("SELECT genome, rung, kl FROM evaluations ORDER BY rowid").fetchall()
+    except sqlite3.OperationalError:  # not there yet
+        return []
+
+
+def test_a_search_that_is_killed_goes_on_to_the_same_end(
+    model: str, wanted: Path, unbroken: Searched, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "flabc", "search", model, "--recipe", str(wanted), "-o", str(out)]
+    command += ["--evaluations", "40", "--offspring", "8", "--levels", "6", "--sequences", "2,6"]
+    with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 120
+        while len(evaluated(out / "journal.sqlite")) < 14 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    before = evaluated(out / "journal.sqlite")
+    whole = evaluated(unbroken.path / "journal.sqlite")
+    assert 14 <= len(before) < len(whole)
+    with pytest.raises(ArtifactError, match="not empty"):
+        searching.search(model, wanted, out, SMALL)
+    with pytest.raises(UsageError, match="of another search: seed differ"):
+        searching.search(model, wanted, out, SMALL, seed=1, resume=True)
+    found = searching.search(model, wanted, out, SMALL, resume=True)
+    assert found.model_dump(exclude={"path"}) == unbroken.model_dump(exclude={"path"})
+    assert files_of(out) == files_of(unbroken.path)
+    after = evaluated(out / "journal.sqlite")
+    assert after[: len(before)] == before  # nothing lost
+    assert len(after) == len({row[:2] for row in after}) == len(whole)  # nothing twice
+    assert sorted(after) == sorted(whole)
+
+
+def test_a_recipe_that_was_found_is_a_start_for_another_target(model: str, unbroken: Searched, tmp_path: Path) -> None:
+    few = SMALL.model_copy(update={"evaluations": 1})
+    found = searching.search(model, unbroken.path / "recipe.yaml", tmp_path / "out", few, target=0.68)
+    assert found.best.kl < found.uniform.kl
+    assert found.best.parameters <= round(0.68 / 0.72 * unbroken.best.parameters) + 400
+    assert "start" in (tmp_path / "out" / "candidates.csv").read_text()
+
+
+def test_sub_blocks_may_go(model: str, wanted: Path, tmp_path: Path) -> None:
+    options = SMALL.model_copy(update={"operator": "random", "evaluations": 24, "sub_blocks": True})
+    found = searching.search(model, wanted, tmp_path / "out", options, target=0.5)
+    done = api.compress(model, tmp_path / "out" / "recipe.yaml", None)
+    assert done.spec.num_parameters == found.best.parameters
+    assert done.kept <= 0.5
+
+
+def test_text_that_was_searched_on_is_not_evaluated_on(model: str, wanted: Path, corpus: Path, tmp_path: Path) -> None:
+    options = SMALL.model_copy(update={"evaluate_on": (str(corpus),)})
+    with pytest.raises(CorpusError, match="searched on"):
+        searching.search(model, wanted, tmp_path / "out", options)
+
+
+def test_what_cannot_be_done_is_refused_before_any_work(wanted: Path, tmp_path: Path) -> None:
+    def search(**fields: Any) -> Searched:
+        return searching.search("nowhere", wanted, tmp_path / "out", SMALL.model_copy(update=fields))
+
+    with pytest.raises(UnknownNameError, match="Did you mean 'evolution'"):
+        search(operator="evolutoin")
+    with pytest.raises(UsageError, match=r"rising numbers up to calibration.sequences, 6. Found: 4, 2"):
+        search(sequences=(4, 2))
+    with pytest.raises(UsageError, match="has 0"):
+        searching.search("nowhere", recipe.load(wanted).model_copy(update={"stages": ()}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_transcript_is_replayed_and_written_anew(model: str, wanted: Path, tmp_path: Path) -> None:
+    said = {"candidates": [{"how": "initial", "ffn": [0.1, 0.3, 0.5], "heads": [0, 0.5, 0]}]}
+    file = tmp_path / "said.jsonl"
+    lines = [json.dumps({"text": text, "prompt_tokens": 9, "completion_tokens": 4}) for text in ("?", json.dumps(said))]
+    file.write_text("".join(f"{line}\n" for line in lines))
+    options = SMALL.model_copy(update={"operator": "llm", "evaluations": 1, "llm_replay": file})
+    found = searching.search(model, wanted, tmp_path / "out", options)
+    assert (found.asked, found.valid, found.prompt_tokens, found.completion_tokens) == (2, 1, 18, 8)
+    assert found.ffn[0] >= found.ffn[1] >= found.ffn[2] < found.ffn[0]
+    assert (tmp_path / "out" / "transcript.jsonl").read_text() == file.read_text()
+    more = options.model_copy(update={"evaluations": 3})
+    with pytest.raises(LanguageModelError, match="no more replies than 2"):
+        searching.search(model, wanted, tmp_path / "out", more, resume=True)
+    more = more.model_copy(update={"fallback": "evolution"})
+    assert searching.search(model, wanted, tmp_path / "out", more, resume=True).evaluations == 3
+    with pytest.raises(UsageError, match="nobody to ask"):
+        searching.search(model, wanted, tmp_path / "other", Options(operator="llm"))
+
+
+def test_the_command_prints_a_table_or_one_object(model: str, wanted: Path, tmp_path: Path) -> None:
+    arguments = ["search", model, "--recipe", str(wanted), "--operator", "uniform", "--sequences", "3"]
+    shown = CliRunner().invoke(cli, [*arguments, "-o", str(tmp_path / "out")], catch_exceptions=False)
+    assert [line.split()[0] for line in shown.stdout.splitlines()] == ["parameters", "uniform"]
+    told = CliRunner().invoke(
+        cli, [*arguments, "-o", str(tmp_path / "out"), "--force", "--json"], catch_exceptions=False
+    )
+    assert json.loads(told.stdout)["evaluations"] == 1
+    wrong = CliRunner().invoke(cli, [*arguments, "-o", "x", "--sequences", "two"])
+    assert "expected them with commas between" in wrong.stderr
