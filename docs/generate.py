@@ -119,9 +119,20 @@ def between(text: str, mark: str, content: str) -> str:
     return f"{before}<!-- begin {mark} -->\n{content}\n<!-- end {mark} -->{after}"
 
 
+def _pages(command: click.Command, name: str, parent: click.Context) -> list[str]:
+    """The help of a command, and of those that it holds."""
+    context = click.Context(command, info_name=name, parent=parent, terminal_width=100)
+    pages = [f"## {context.command_path}", "", "```text", command.get_help(context).rstrip(), "```", ""]
+    if isinstance(command, click.Group):
+        for inner in command.list_commands(context):
+            pages += _pages(command.commands[inner], inner, context)
+    return pages
+
+
 def reference() -> str:
     """The help of every command, as Markdown."""
-    parent = click.Context(cli, info_name="flabc", terminal_width=100)
+    # With the group's settings, as it is run: else the options for help depend on who asked before.
+    parent = click.Context(cli, info_name="flabc", terminal_width=100, **cli.context_settings)
     pages = [
         "# The command line",
         "",
@@ -130,9 +141,7 @@ def reference() -> str:
     ]
     for name in cli.list_commands(parent):
         if name not in PLANNED:
-            command = cli.commands[name]
-            text = command.get_help(click.Context(command, info_name=name, parent=parent, terminal_width=100))
-            pages += [f"## flabc {name}", "", "```text", text.rstrip(), "```", ""]
+            pages += _pages(cli.commands[name], name, parent)
     pages += [
         "## Not in this version",
         "",

@@ -204,4 +204,4 @@ def test_the_command_prints_a_table_or_one_object(model: str, wanted: Path, tmp_
     )
     assert json.loads(told.stdout)["evaluations"] == 1
     wrong = CliRunner().invoke(cli, [*arguments, "-o", "x", "--sequences", "two"])
-    assert "expected them with commas between" in wrong.stderr
+    assert "apart by commas" in wrong.stderr
