@@ -16,7 +16,7 @@ from flabc import api
 from flabc.compress.data import corpus
 
 # A busy machine must not look like a slow function.
-hypothesis.settings.register_profile("flabc", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile("flabc", deadline=None)
 hypothesis.settings.load_profile("flabc")
 
 # Started in the background, this process ignores Ctrl-C, and so would those that the tests interrupt.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flabc.artifact import Artifact, Kind, Manifest
-from flabc.console import note, progress
+from flabc.console import note
 from flabc.errors import ModelError, ParityError, UnknownNameError, UsageError, require
 from flabc.export.precision import Precision, Storage, precision_named
 from flabc.spec import ModelSpec
@@ -211,7 +211,7 @@ def _compare(engine: Path, job: Job, target: str, stored: Precision, max_batch: 
     from flabc.runtime.backend import RUNS, Limits, open_backend
     from flabc.runtime.text import TextCodec
 
-    length = max(parity.LENGTHS) + parity.STEPS
+    length = parity.LONGEST
     if job.spec.max_position_embeddings < length:
         raise ModelError(
             "The model has too few positions to be checked against torch.",
@@ -219,8 +219,7 @@ def _compare(engine: Path, job: Job, target: str, stored: Precision, max_batch: 
             found=str(job.spec.max_position_embeddings),
         )
     limits = Limits(max_batch=min(len(parity.LENGTHS), max_batch or len(parity.LENGTHS)), max_length=length)
-    text = Path(parity.__file__).read_text(encoding="utf-8")  # code, and always at hand
-    ids = TextCodec(job.checkpoint).encode_plain(text)
+    ids = TextCodec(job.checkpoint).encode_plain(parity.text())
     reference = open_backend("torch", job.checkpoint, job.spec, limits)
     turns = parity.listen(reference, ids, max_batch=limits.max_batch)
     del reference  # the engine needs its memory
@@ -243,30 +242,25 @@ def _prove_gguf(file: Path, folder: Path, spec: ModelSpec, precision: str, lengt
     from flabc.runtime.text import TextCodec
 
     codec, limits = TextCodec(folder), Limits(max_length=length)
-    text = Path(parity.__file__).read_text(encoding="utf-8")
+    ids = codec.encode_plain(parity.text())
     rounding: dict[str, Any] = {}
-    with progress("comparing the file with torch", 4) as advance:
-        reference = TorchBackend(folder, spec, limits)
-        expected = parity.read(reference, codec.encode_plain(text), length)
-        advance(1)
-        if precision != "fp32":
-            reference.change_matrices(lambda matrix: gguf_writer.rounded(matrix, precision))
-            cost = parity.reread(reference, expected, tolerance=gguf_writer.ROUNDING[precision])
-            rounding = {"rounding": cost.receipt()}
-            _hold(
-                cost.max_relative <= gguf_writer.ROUNDING[precision],
-                f"Rounding to {precision} changes the model too much.",
-                cost,
-            )
-            expected = [(ids, reference.score(ids[None])[0]) for ids, _ in expected]
-        del reference
-        advance(1)
-        with model_folder(str(file)) as (back, found, _):
-            _same_tokens(codec, TextCodec(back), (text, parity.ODD_TEXT))
-            advance(1)
-            proof = parity.reread(TorchBackend(back, found, limits), expected)
-            _hold(proof.holds, "The file does not say what the checkpoint says.", proof)
-            advance(1)
+    reference = TorchBackend(folder, spec, limits)
+    turns = parity.listen(reference, ids, max_batch=1, max_length=length)
+    if precision != "fp32":
+        reference.change_matrices(lambda matrix: gguf_writer.rounded(matrix, precision))
+        cost = parity.compare(reference, turns, tolerance=gguf_writer.ROUNDING[precision])
+        rounding = {"rounding": cost.receipt()}
+        _hold(
+            cost.max_relative <= gguf_writer.ROUNDING[precision],
+            f"Rounding to {precision} changes the model too much.",
+            cost,
+        )
+        turns = parity.listen(reference, ids, max_batch=1, max_length=length)
+    del reference
+    with model_folder(str(file)) as (back, found, _):
+        _same_tokens(codec, TextCodec(back), (parity.text(), parity.ODD_TEXT))
+        proof = parity.compare(TorchBackend(back, found, limits), turns)
+        _hold(proof.holds, "The file does not say what the checkpoint says.", proof)
     return proof.receipt() | rounding
 
 

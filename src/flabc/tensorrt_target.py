@@ -45,7 +45,7 @@ def make(job: Job, options: BuildOptions | None, *, prove_graph: Prove, prove_en
     from flabc.export import engine, parity, tensorrt_engine, tensorrt_plan, tensorrt_rules
     from flabc.export.precision import precision_named
 
-    stored, least = precision_named(job.precision, job.storage), max(parity.LENGTHS) + parity.STEPS
+    stored, least = precision_named(job.precision, job.storage), parity.LONGEST
     plan = tensorrt_plan.plan(job.spec, job.precision, options or tensorrt_plan.BuildOptions(), least_length=least)
     engine.write(job.checkpoint, job.spec, job.out, GRAPH_TARGET, stored, cache_length=plan.max_length)
     for built in plan.engines:

@@ -157,3 +157,41 @@ def test_export_leaves_no_folder_when_the_engine_is_wrong(
     with pytest.raises(ParityError):
         api.export(tiny_checkpoint, tmp_path / "engine")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_clear_choice_turned_round_is_caught_where_all_else_is_within_bounds() -> None:
+    logits = np.random.default_rng(0).normal(size=(200, 200)).astype(np.float32)
+    logits[:, 7] = 20  # the same token everywhere, and clearly
+    found = logits.copy()
+    last = IDS[parity.LENGTHS[0] + parity.LENGTHS[1] - 1]  # seen a few times
+    found[last, 9] = 20.5
+    turns = heard(Table(logits))
+    parity_found = parity.compare(Table(found), turns, tolerance=None, kl_bound=1.0, top1_bound=0.9)
+    assert 0 < parity_found.clearly_wrong < 0.05
+    assert parity_found.holds
+    assert not parity.compare(Table(found), turns, tolerance=None, wrong_bound=0.0).holds
+    nearly = logits.copy()
+    nearly[:, 9] = 20 + 1e-3  # another token everywhere, but no less likely to the model: not clearly wrong
+    logits[:, 9] = 20 - 1e-3
+    turned = parity.compare(Table(nearly), heard(Table(logits)), tolerance=None)
+    assert (turned.top1_agreement, turned.clearly_wrong) == (0, 0)
+
+
+@pytest.mark.parametrize("length", [8, 33, 40])
+def test_a_model_with_few_positions_is_asked_less(length: int) -> None:
+    asked: list[int] = []
+
+    class Short(Table):
+        def start(self, batch: int) -> None:
+            self.length = 0
+
+        def extend(self, ids: Any, counts: Any) -> Any:
+            self.length += ids.shape[1]
+            asked.append(self.length)
+            return super().extend(ids, counts)
+
+    logits = np.random.default_rng(0).normal(size=(200, 200)).astype(np.float32)
+    turns = parity.listen(Short(logits), IDS, max_batch=1, max_length=length)
+    assert max(asked) == length
+    assert max(turn.ids.shape[1] for turn in turns) <= length
+    assert parity.compare(Table(logits), turns).holds
