@@ -20,17 +20,26 @@ def write(engine: Path, out: Path) -> None:
         engine: a folder with graphs that compute in bfloat16.
         out: a folder that exists.
     """
-    for name in (GRAPH, SCORING_GRAPH):
-        model = ir.load(engine / name)
-        for value in _values(model.graph):
-            if value.dtype == HALF:
-                value.dtype = ir.DataType.FLOAT
-            if value.const_value is not None and value.const_value.dtype == HALF:
-                value.const_value = _widened(value.const_value)
-        ir.save(model, out / name, external_data=f"{name}.data")
+    serving = _float32(ir.load(engine / GRAPH))
+    ir.save(serving, out / GRAPH, external_data=f"{GRAPH}.data")
+    written = {name: value.const_value for name, value in ir.load(out / GRAPH).graph.initializers.items()}
+    scoring = _float32(ir.load(engine / SCORING_GRAPH))
+    for name, value in scoring.graph.initializers.items():
+        value.const_value = written.get(name, value.const_value)  # both read one file, as the engine's do
+    ir.save(scoring, out / SCORING_GRAPH)
     for file in engine.iterdir():
         if file.suffix in (".json", ".jinja"):
             shutil.copyfile(file, out / file.name)
+
+
+def _float32(model: ir.Model) -> ir.Model:
+    """The model, changed in place."""
+    for value in _values(model.graph):
+        if value.dtype == HALF:
+            value.dtype = ir.DataType.FLOAT
+        if value.const_value is not None and value.const_value.dtype == HALF:
+            value.const_value = _widened(value.const_value)
+    return model
 
 
 def _values(graph: ir.Graph) -> list[ir.Value]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -12,7 +13,7 @@ from flabc import api, exports
 from flabc.artifact import Artifact
 from flabc.cli import cli
 from flabc.errors import ParityError, UsageError
-from flabc.export import precision
+from flabc.export import parity, precision
 from flabc.export.precision import Storage
 from flabc.runtime.measure import race
 from flabc.runtime.measure.result import Sample
@@ -29,9 +30,20 @@ def samples(ms: float) -> list[Sample]:
     return [Sample(ttft_ms=ms, token_ms=(ms,) * 31)] * 3
 
 
-def test_candidates_are_made_proven_and_timed(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+def test_candidates_are_made_proven_and_timed(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    true = parity.listen
+
+    def listen(*arguments: Any, **more: Any) -> Any:
+        asked.append(more["max_batch"])
+        return true(*arguments, **more)
+
+    monkeypatch.setattr(parity, "listen", listen)
     found = api.export(tiny("qwen2-tied"), tmp_path / "e", precision="auto")
     assert [each.precision for each in found.candidates] == ["fp32", "int8", "int4"]
+    assert len(asked) == 1  # of three candidates one torch model
     verdicts = [each.verdict for each in found.candidates]
     assert sorted(verdicts[:2]) == ["fastest", "slower"]
     assert verdicts[2].startswith("a KL of 0.1")

@@ -35,8 +35,8 @@ from flabc.runtime.evaluate.task import HARNESS, KL, PERPLEXITY, TASKS, EvalOpti
 from flabc.runtime.evaluate.task import check as check_task
 from flabc.runtime.measure.environment import environment
 from flabc.runtime.measure.result import BenchResult, Workload
+from flabc.source import model_folder
 from flabc.spec import BYTES_PER_PARAMETER, ModelSpec
-from flabc.targets import model_folder
 
 if TYPE_CHECKING:
     from flabc.compress.model import CausalLM
@@ -508,8 +508,8 @@ def _subject(model: str, options: EvalOptions, tie: bool, prompts: Sequence[Prom
     if is_url(model):
         yield Server(model, options)
         return
-    with model_folder(model, tie=tie) as (folder, *_):
-        yield Local(folder, options, prompts)
+    with model_folder(model, tie=tie) as source:
+        yield Local(source.folder, options, prompts)
 
 
 def _identities(models: dict[str, str]) -> dict[str, str]:

@@ -139,6 +139,10 @@ class Draft:
     seed: int | None = None
     receipts: dict[str, Any] = field(default_factory=dict)
 
+    def follow(self, made: Manifest) -> None:
+        """Be made of another artifact: by its recipe, of its source, with its receipts."""
+        self.recipe, self.source, self.seed, self.receipts = made.recipe, made.source, made.seed, dict(made.receipts)
+
     def write_manifest(self) -> None:
         """Hash every file and write ``flabc.json``."""
         files = {
@@ -239,6 +243,11 @@ def check_free(out: Path | str, *, force: bool) -> None:
             f"The output folder {out} exists and is not empty.",
             fix="Choose another, or pass --force to replace it.",
         )
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def sha256(file: Path) -> str:

@@ -10,14 +10,15 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from flabc import artifact
-from flabc.artifact import MANIFEST, Artifact, Draft, Manifest
+from flabc.artifact import MANIFEST, Artifact
 from flabc.console import note
 from flabc.errors import EngineError, ParityError, UsageError
 from flabc.export.precision import CANDIDATES, Storage
 from flabc.result import Result
 from flabc.runtime.measure.result import Sample, Workload
+from flabc.source import Job, Source, model_folder
 from flabc.spec import ModelSpec
-from flabc.targets import Job, Target, model_folder, target_named
+from flabc.targets import Target, target_named
 
 if TYPE_CHECKING:
     from flabc.export.tensorrt_plan import BuildOptions
@@ -113,85 +114,76 @@ def export(
     if precision == AUTO and target not in CANDIDATES:
         raise UsageError(f"{target} has no candidates to choose from.", expected=", ".join(CANDIDATES))
     name = precision if precision == AUTO else chosen.precision(precision)
-    with model_folder(str(model), tie=tie) as opened:
-        source = _Source(*opened, name=Path(model).name)
+    with model_folder(str(model), tie=tie) as source:
         if name == AUTO:
             if storage not in (None, Storage()):
                 raise UsageError("auto settles how matrices are stored.", fix="Leave the options away, or auto.")
             return _fastest(source, out, target, chosen, kl_bound=kl_bound, force=force)
-        with artifact.create(out, chosen.kind, force=force) as draft:
-            parity = _make(source, draft, target, chosen, name, storage)
+        parity = _made(source, out, target, chosen, name, storage, force=force)
     return Exported(path=out, spec=source.spec, target=target, precision=name, parity=parity)
 
 
-class _Source:
-    """What is exported: a folder, its spec, its manifest if it is an artifact, and the model's name."""
-
-    def __init__(self, folder: Path, spec: ModelSpec, manifest: Manifest | None, *, name: str) -> None:
-        self.folder, self.spec, self.manifest, self.name = folder, spec, manifest, name
-
-
-def _make(
-    source: _Source, draft: Draft, target: str, chosen: Target, precision: str, storage: Storage | None
+def _made(
+    source: Source, out: Path, target: str, chosen: Target, precision: str, storage: Storage | None, *, force: bool
 ) -> dict[str, Any]:
-    """Fill a draft; its proof."""
-    draft.spec, draft.target = source.spec, target
-    parity = chosen.make(Job(source.folder, source.spec, draft.path, precision, storage, source.name))
-    if source.manifest is not None:
-        made = source.manifest
-        draft.recipe, draft.source, draft.seed = made.recipe, made.source, made.seed
-        draft.receipts = dict(made.receipts)
-    draft.receipts["parity"] = parity
+    """Write a folder; its proof."""
+    with artifact.create(out, chosen.kind, force=force) as draft:
+        draft.spec, draft.target = source.spec, target
+        if source.manifest is not None:
+            draft.follow(source.manifest)
+        parity = draft.receipts["parity"] = chosen.make(Job(source, draft.path, precision, storage))
     return parity
 
 
-def _fastest(source: _Source, out: Path, target: str, chosen: Target, *, kl_bound: float, force: bool) -> Exported:
+def _fastest(source: Source, out: Path, target: str, chosen: Target, *, kl_bound: float, force: bool) -> Exported:
     """Make every candidate, time those that are near enough, keep the one that answers soonest."""
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     # Beside the output, so that the winner moves there without being copied.
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.candidates-", dir=out.absolute().parent) as folder:
+        places = [Path(folder) / str(at) for at in range(len(CANDIDATES[target]))]
         tried = [
-            _try(source, Path(folder) / str(at), target, chosen, *candidate, kl_bound)
-            for at, candidate in enumerate(CANDIDATES[target])
+            _try(source, place, target, chosen, *candidate, kl_bound)
+            for place, candidate in zip(places, CANDIDATES[target], strict=True)
         ]
-        near = {at: Path(folder) / str(at) for at, each in enumerate(tried) if not each.verdict}
+        near = [at for at, each in enumerate(tried) if not each.verdict]
         if not near:
             reasons = "; ".join(f"{each.precision}: {each.verdict}" for each in tried)
             raise ParityError(
                 "No precision is near enough to the model.", found=reasons, fix="Give a larger --kl-bound."
             )
-        times = dict(zip(near, _timed(list(near.values())), strict=True))
-        table = _judged(tried, times)
+        table = _judged(tried, dict(zip(near, _timed([places[at] for at in near]), strict=True)))
         best = next(at for at, each in enumerate(table) if each.verdict == "fastest")
-        manifest = Artifact.open(near[best]).manifest
+        made = Artifact.open(places[best]).manifest
         with artifact.create(out, chosen.kind, force=force) as draft:
-            for file in near[best].iterdir():
+            for file in places[best].iterdir():
                 if file.name != MANIFEST:
                     shutil.move(file, draft.path / file.name)
-            draft.spec, draft.target = manifest.spec, manifest.target
-            draft.recipe, draft.source, draft.seed = manifest.recipe, manifest.source, manifest.seed
-            draft.receipts = {**manifest.receipts, "candidates": [each.model_dump() for each in table]}
-    parity = manifest.receipts["parity"]
+            draft.follow(made)
+            draft.spec, draft.target = made.spec, made.target
+            draft.receipts["candidates"] = [each.model_dump() for each in table]
     return Exported(
-        path=out, spec=source.spec, target=target, precision=table[best].precision, parity=parity, candidates=table
+        path=out,
+        spec=source.spec,
+        target=target,
+        precision=table[best].precision,
+        parity=made.receipts["parity"],
+        candidates=table,
     )
 
 
 def _try(
-    source: _Source, out: Path, target: str, chosen: Target, precision: str, storage: Storage, kl_bound: float
+    source: Source, out: Path, target: str, chosen: Target, precision: str, storage: Storage, kl_bound: float
 ) -> Candidate:
     """Make and prove a candidate; its verdict says why it is out, if it is."""
     details = storage.model_dump(exclude_none=True)
     note(" ".join(["trying", precision, *(f"{key}={value}" for key, value in details.items())]))
     about: dict[str, Any] = {"precision": precision, "storage": details}
     try:
-        with artifact.create(out, chosen.kind) as draft:
-            kl = _make(source, draft, target, chosen, precision, storage)["kl"]
+        kl = _made(source, out, target, chosen, precision, storage, force=False)["kl"]
     except (ParityError, EngineError) as error:
         return Candidate(**about, verdict=str(error))
-    size = sum(file.stat().st_size for file in out.iterdir()) / 2**20
     verdict = f"a KL of {kl:.2g} nats, more than {kl_bound:g}" if kl > kl_bound else ""
-    return Candidate(**about, mib=size, kl=kl, verdict=verdict)
+    return Candidate(**about, mib=artifact.folder_bytes(out) / 2**20, kl=kl, verdict=verdict)
 
 
 def _timed(engines: Sequence[Path]) -> list[list[Sample]]:

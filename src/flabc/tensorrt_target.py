@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
+
+from flabc import proof
 
 if TYPE_CHECKING:
     from flabc.export.tensorrt_plan import BuildOptions
-    from flabc.targets import Job
-
-#: Compares a draft with torch: see ``flabc.targets``.
-Prove = Callable[..., dict[str, Any]]
+    from flabc.source import Job
 
 #: The target whose graph TensorRT gets, with a cache of fixed length.
 GRAPH_TARGET = "onnx-standard"
@@ -25,14 +22,12 @@ def precisions() -> list[str]:
     return [name for name in tensorrt_plan.PRECISIONS if name in known]
 
 
-def make(job: Job, options: BuildOptions | None, *, prove_graph: Prove, prove_engine: Prove) -> dict[str, Any]:
+def make(job: Job, options: BuildOptions | None) -> dict[str, Any]:
     """Write and prove what TensorRT builds, and build it if this machine can.
 
     Args:
         job: what is exported.
         options: how TensorRT builds; None for the defaults.
-        prove_graph: compares the graph in ONNX Runtime with torch.
-        prove_engine: compares what was built with torch.
 
     Returns:
         the receipt: of the built engine if it was built, else of the ONNX file; what was done is under ``tensorrt``.
@@ -46,15 +41,17 @@ def make(job: Job, options: BuildOptions | None, *, prove_graph: Prove, prove_en
     from flabc.export.precision import precision_named
 
     stored, least = precision_named(job.precision, job.storage), parity.LONGEST
-    plan = tensorrt_plan.plan(job.spec, job.precision, options or tensorrt_plan.BuildOptions(), least_length=least)
-    engine.write(job.checkpoint, job.spec, job.out, GRAPH_TARGET, stored, cache_length=plan.max_length)
-    for built in plan.engines:
-        tensorrt_rules.check(job.out / built.graph)
+    plan = tensorrt_plan.plan(
+        job.source.spec, job.precision, options or tensorrt_plan.BuildOptions(), least_length=least
+    )
+    engine.write(job.source.folder, job.source.spec, job.out, GRAPH_TARGET, stored, cache_length=plan.max_length)
+    for planned in plan.engines:
+        tensorrt_rules.check(job.out / planned.graph)
     plan.write(job.out)
-    receipt = prove_graph(job, GRAPH_TARGET, stored) | {"stored": asdict(stored)}
+    receipt = proof.graph(job.out, job.source, GRAPH_TARGET, stored)
     missing = tensorrt_engine.missing()
     if missing is not None:
         return receipt | {"tensorrt": {"built": False, "missing": f"{missing}. {tensorrt_engine.HOW}"}}
     tensorrt_engine.build(job.out, plan)
-    proof = prove_engine(job, "tensorrt", stored, plan.options.max_batch)
-    return proof | {"tensorrt": {"built": True, "graph": receipt}}
+    built = proof.engine(job.out, job.source, "tensorrt", stored, plan.options.max_batch)
+    return built | {"tensorrt": {"built": True, "graph": receipt}}

@@ -59,6 +59,7 @@ def test_the_twin_holds_the_numbers_of_the_engine(tiny: Callable[[str], Path], t
     made.mkdir(), other.mkdir()
     engine.write(folder, spec, made, precision=PRECISIONS["bf16"])
     twin.write(made, other)
+    assert [file.name for file in other.glob("*.data")] == [engine.DATA]  # the weights once
     ours, theirs = (onnx.load(str(at / engine.GRAPH)).graph for at in (made, other))
     assert [node.op_type for node in ours.node] == [node.op_type for node in theirs.node]
     for mine, wide in zip(ours.initializer, theirs.initializer, strict=True):
