@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .parameters import Group, json_option
+from .parameters import CORPUS, FORCE, Group, emit, json_option
 
 if TYPE_CHECKING:
     from flabc.gating import Gated, Noise
@@ -21,9 +21,6 @@ GATES = click.option(
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     required=True,
     help="The limits, a YAML file.",
-)
-CORPUS = click.option(
-    "--corpus", default="python-stdlib", show_default=True, help="A built-in corpus, or a file or folder, for prompts."
 )
 
 
@@ -50,7 +47,7 @@ def gate() -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for JSON, JUnit XML and Markdown.")
 @CORPUS
 @click.option("--allow-code-execution", is_flag=True, help="Let code that the model wrote run, in a sandbox.")
-@click.option("--force", is_flag=True, help="Replace an output folder that is not empty.")
+@FORCE
 @json_option
 @click.pass_context
 def run(
@@ -84,10 +81,7 @@ def run(
         allow_code_execution=allow_code_execution,
         force=force,
     )
-    if as_json:
-        click.echo(found.model_dump_json(indent=2))
-    else:
-        _show(found)
+    emit(as_json, found, lambda: _show(found))
     context.exit(EXIT[found.verdict])
 
 
@@ -106,10 +100,7 @@ def noise(context: click.Context, engine: Path, config: Path, corpus: str, as_js
     from flabc import gating
 
     found = gating.noise(engine, config=config, corpus=corpus)
-    if as_json:
-        click.echo(found.model_dump_json(indent=2))
-    else:
-        _show_noise(found)
+    emit(as_json, found, lambda: _show_noise(found))
     context.exit(EXIT["undecided"] if found.too_tight else EXIT["pass"])
 
 
@@ -128,8 +119,7 @@ def baseline(engine: Path, config: Path, output: Path, corpus: str, as_json: boo
     from flabc import gating
 
     made = gating.baseline(engine, output, config=config, corpus=corpus)
-    said = f"{output}: {len(made.runs)} runs on {made.environment['cpu']}"
-    click.echo(made.model_dump_json(indent=2) if as_json else said)
+    emit(as_json, made, lambda: click.echo(f"{output}: {len(made.runs)} runs on {made.environment['cpu']}"))
 
 
 def _show(found: Gated) -> None:

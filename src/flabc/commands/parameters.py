@@ -1,7 +1,8 @@
-"""Kinds of parameters, options that several commands have, and groups of commands."""
+"""Kinds of parameters, options that several commands have, and how results are printed."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -12,6 +13,15 @@ from flabc.errors import UnknownNameError
 F = TypeVar("F", bound=Callable[..., Any])
 
 AT_LEAST_ONE = click.IntRange(1)
+
+FORCE = click.option("--force", is_flag=True, help="Replace an output folder that is not empty.")
+TIE = click.option("--tie", is_flag=True, help="Tie input and output matrices that a GGUF stores twice.")
+CORPUS = click.option(
+    "--corpus",
+    default="python-stdlib",
+    show_default=True,
+    help="A built-in corpus, or a file or folder of text.",
+)
 
 
 class Group(click.Group):
@@ -57,3 +67,12 @@ class Numbers(click.ParamType[tuple[int, ...]]):
 def json_option(command: F) -> F:
     """Add ``--json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(command)
+
+
+def emit(as_json: bool, data: Any, show: Callable[[], None]) -> None:
+    """Print a result: as JSON, or for a person."""
+    if not as_json:
+        show()
+        return
+    plain = data.model_dump(mode="json") if hasattr(data, "model_dump") else data
+    click.echo(json.dumps(plain, indent=2, ensure_ascii=False))

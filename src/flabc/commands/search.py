@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .parameters import AT_LEAST_ONE, Numbers, json_option
+from .parameters import AT_LEAST_ONE, FORCE, Numbers, emit, json_option
 
 if TYPE_CHECKING:
     from flabc.searching import Searched
@@ -55,30 +55,20 @@ if TYPE_CHECKING:
 )
 @click.option("--device", default="cpu", show_default=True, help="A torch device.")
 @click.option("--resume", is_flag=True, help="Go on with the journal in the output folder.")
-@click.option("--force", is_flag=True, help="Replace an output folder that is not empty.")
+@FORCE
 @json_option
 def search(
     model: str | None,
     recipe: str | None,
     target: float | None,
     output: Path,
-    operator: str,
-    evaluations: int,
     seed: int | None,
     overrides: Sequence[str],
-    offspring: int,
-    levels: int,
-    sequences: tuple[int, ...],
-    sub_blocks: bool,
-    evaluate_on: tuple[str, ...],
-    llm_url: str | None,
-    llm_model: str | None,
-    llm_replay: Path | None,
-    fallback: Literal["evolution"] | None,
     device: str,
     resume: bool,
     force: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Find how much each layer of MODEL loses, by trying, and write a recipe that says so.
 
@@ -97,24 +87,11 @@ def search(
 
     model = settle(model, "model", "MODEL")
     project = find() or Project(model=model)
-    options = searching.Options(
-        operator=operator,
-        evaluations=evaluations,
-        offspring=offspring,
-        levels=levels,
-        sequences=sequences,
-        sub_blocks=sub_blocks,
-        evaluate_on=evaluate_on,
-        llm_url=llm_url,
-        llm_model=llm_model,
-        llm_replay=llm_replay,
-        fallback=fallback,
-    )
     found = searching.search(
         model,
         recipe or project.recipe,
         output,
-        options,
+        searching.Options(**options),
         target=target,
         overrides=overrides,
         device=device,
@@ -122,10 +99,7 @@ def search(
         resume=resume,
         force=force,
     )
-    if as_json:
-        click.echo(found.model_dump_json(indent=2))
-    else:
-        _show(found)
+    emit(as_json, found, lambda: _show(found))
 
 
 def _show(found: Searched) -> None:

@@ -1,0 +1,82 @@
+"""``flabc bench``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+from .parameters import AT_LEAST_ONE, CORPUS, FORCE, Numbers, emit, json_option
+
+
+@click.command()
+@click.argument("engine", required=False)
+@click.option("--baseline", type=click.Path(), help="The engine to compare with.")
+@click.option("-o", "--output", type=click.Path(), help="The report folder to write.")
+@click.option(
+    "--prompt-tokens",
+    type=Numbers(),
+    default="128",
+    show_default=True,
+    help="Tokens of each prompt; or several, 128,512.",
+)
+@click.option("--batch", type=Numbers(), default="1", show_default=True, help="Sequences at once; or several, 1,8.")
+@click.option(
+    "--output-tokens", type=click.IntRange(2), default=64, show_default=True, help="Tokens that each run produces."
+)
+@click.option(
+    "--rounds", type=AT_LEAST_ONE, default=5, show_default=True, help="Rounds of dense, pruned, pruned, dense."
+)
+@click.option("--threads", type=AT_LEAST_ONE, help="Threads for the computation.")
+@CORPUS
+@FORCE
+@json_option
+def bench(
+    engine: str | None,
+    baseline: str | None,
+    output: str | None,
+    prompt_tokens: Sequence[int],
+    batch: Sequence[int],
+    output_tokens: int,
+    rounds: int,
+    threads: int | None,
+    corpus: str,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Measure ENGINE beside a baseline and write a report.
+
+    Several lengths or batches are a sweep: the first of each is measured in full, then every combination.
+
+    \b
+    flabc bench engine --baseline dense-engine -o report
+    flabc bench engine --baseline dense-engine --batch 1,4,16 --prompt-tokens 128,1024 -o sweep
+    """
+    from flabc import api
+    from flabc.project import settle
+    from flabc.runtime.measure.result import Workload
+
+    first, *sweep = (
+        Workload(prompt_tokens=length, batch=size, output_tokens=output_tokens, rounds=rounds, threads=threads)
+        for length in prompt_tokens
+        for size in batch
+    )
+    done = api.bench(
+        settle(engine, "engine", "ENGINE"),
+        settle(baseline, "baseline", "--baseline"),
+        settle(output, "report", "report folder (-o)"),
+        workload=first,
+        sweep=sweep,
+        corpus=corpus,
+        force=force,
+    )
+
+    def show() -> None:
+        from rich.console import Console
+
+        from flabc.perf import table
+
+        Console().print(table.as_rich(table.rows(api.read_bench(done.path))))
+        click.echo(f"report: {done.html.absolute()}")
+
+    emit(as_json, done, show)
