@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, ByteSize, Field, WithJsonSchema, model_validator
 
 from flabc.errors import UnknownNameError
+from flabc.frozen import Frozen
 from flabc.spec import BYTES_PER_PARAMETER
 
 from .allocate import ALLOCATIONS
@@ -32,13 +33,7 @@ def known(kind: str, names: Iterable[str]) -> tuple[AfterValidator, WithJsonSche
     return AfterValidator(check), WithJsonSchema({"type": "string", "enum": choices})
 
 
-class Config(BaseModel):
-    """Frozen, and closed: a misspelt field is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Amount(Config):
+class Amount(Frozen):
     """A config with fields of which at most one says how much."""
 
     #: Names of these fields.
@@ -89,7 +84,7 @@ Corpora = str | Annotated[tuple[str, ...], Field(min_length=1)]
 _CORPORA = f"A built-in corpus ({', '.join(CORPORA)}), a path of text, JSON lines or parquet, or hf:owner/name."
 
 
-class Calibration(Config):
+class Calibration(Frozen):
     """The text on which the model is listened to while it is cut."""
 
     corpus: Corpora = Field("python-stdlib", description=f"{_CORPORA} Several count alike.")

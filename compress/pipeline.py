@@ -14,9 +14,10 @@ import torch
 from flabc.console import note
 from flabc.errors import FlabcError, StageError, UsageError
 from flabc.families import Part
+from flabc.frozen import Frozen
 from flabc.spec import BYTES_PER_PARAMETER, ModelSpec
 
-from .config import Calibration, Config, LayersConfig, RestoreConfig, Target, VocabConfig, WidthsConfig
+from .config import Calibration, LayersConfig, RestoreConfig, Target, VocabConfig, WidthsConfig
 from .data import corpus
 from .data.corpus import Document
 from .layers import LAYERS
@@ -28,7 +29,7 @@ from .walk import Walk, dense_variant
 from .widths import WIDTHS
 
 #: The stages, by the config that asks for them.
-STAGES: dict[type[Config], Stage[Any, Any]] = {
+STAGES: dict[type[Frozen], Stage[Any, Any]] = {
     VocabConfig: VOCAB,
     LayersConfig: LAYERS,
     WidthsConfig: WIDTHS,
@@ -56,7 +57,7 @@ class StageReceipt:
 
 def run(
     model: CausalLM,
-    stages: Sequence[Config],
+    stages: Sequence[Frozen],
     *,
     target: Target | None,
     calibration: Calibration,
@@ -96,7 +97,7 @@ def run(
     return model, receipts, quality
 
 
-def run_stages(model: CausalLM, stages: Sequence[Config], context: Context) -> tuple[CausalLM, list[StageReceipt]]:
+def run_stages(model: CausalLM, stages: Sequence[Frozen], context: Context) -> tuple[CausalLM, list[StageReceipt]]:
     """Run some of a recipe's stages in order, whether or not they reach the target.
 
     Raises:

@@ -10,10 +10,11 @@ import psutil
 import torch
 
 from flabc.errors import UsageError
+from flabc.frozen import Frozen
 from flabc.spec import ModelSpec
 
 from .allocate import ALLOCATIONS
-from .config import Calibration, Config, LayersConfig, RestoreConfig, WidthsConfig
+from .config import Calibration, LayersConfig, RestoreConfig, WidthsConfig
 from .sensitivity import SHARES
 from .walk import LOGIT_ROWS
 
@@ -24,7 +25,7 @@ INTERPRETER_BYTES = 900 * 2**20
 def streams(
     spec: ModelSpec,
     stored_bytes: int,
-    stages: Sequence[Config],
+    stages: Sequence[Frozen],
     calibration: Calibration,
     *,
     dtype: torch.dtype,
@@ -61,7 +62,7 @@ def streams(
     )
 
 
-def workspace_bytes(spec: ModelSpec, stages: Sequence[Config], calibration: Calibration, dtype: torch.dtype) -> int:
+def workspace_bytes(spec: ModelSpec, stages: Sequence[Frozen], calibration: Calibration, dtype: torch.dtype) -> int:
     """What the stages need at most beside the weights of a model that is not streamed.
 
     Two layers, both embeddings and a block of logits are always there; then either the states of all variants of a

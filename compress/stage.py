@@ -19,14 +19,15 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from flabc.errors import CorpusError
+from flabc.frozen import Frozen
 
 from .chat import before_user
-from .config import Calibration, Config
+from .config import Calibration
 from .data.corpus import Document
 from .model import CausalLM, TokenizerFiles
 from .stored import Weight, spill
 
-C = TypeVar("C", bound=Config)
+C = TypeVar("C", bound=Frozen)
 P = TypeVar("P", bound="Plan")
 
 

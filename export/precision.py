@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from flabc.errors import UnknownNameError, UsageError
+from flabc.frozen import Frozen
 
 #: What activations and the cache can be.
 COMPUTES = ("fp32", "fp16", "bf16")
@@ -68,7 +67,7 @@ PRECISIONS = {
 }
 
 
-class Storage(BaseModel):
+class Storage(Frozen):
     """What may be changed about a precision; None leaves it as it is.
 
     Args:
@@ -78,8 +77,6 @@ class Storage(BaseModel):
         embedding: a key of ``OUTER_BITS``.
         head: a key of ``OUTER_BITS``, for the output matrix.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     compute: str | None = None
     block_size: int | None = None

@@ -14,10 +14,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from flabc.artifact import BUILD_PLAN, ENGINE, GRAPH, SCORING_ENGINE, SCORING_GRAPH
 from flabc.errors import ModelError, UsageError
+from flabc.frozen import Frozen
 from flabc.spec import ModelSpec
 
 from .dialects.operations import cache_names
@@ -32,12 +33,6 @@ PLACES_STEP = 64
 
 #: Precisions that TensorRT computes in, the best first; which of them can be exported is the dialect's business.
 PRECISIONS = ("fp16", "bf16", "fp32")
-
-
-class Frozen(BaseModel):
-    """What a plan is made of."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class BuildOptions(Frozen):

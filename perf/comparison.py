@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import exp, log
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
+from flabc.frozen import Frozen
 from flabc.runtime.evaluate.record import Record
 from flabc.runtime.evaluate.task import KL, PERPLEXITY, TASKS, EvalOptions
 from flabc.runtime.evaluate.tasks import robustness
@@ -26,17 +26,15 @@ MCNEMAR, SIGN_FLIPS = "exact McNemar", "sign flips"
 Values = Mapping[str, float]
 
 
-class Estimate(BaseModel):
+class Estimate(Frozen):
     """A figure and its standard error, over ``n`` units; the error of a single unit is unknown."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     value: float
     error: float | None
     n: int
 
 
-class EvalRow(BaseModel):
+class EvalRow(Frozen):
     """One line of the table.
 
     Args:
@@ -48,8 +46,6 @@ class EvalRow(BaseModel):
         p_value: of the hypothesis that there is no difference; ``test`` names how.
         gained, lost: problems that only the target, or only the baseline, solves.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     metric: str
     unit: str = ""

@@ -8,8 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
+from flabc.frozen import Frozen
 from flabc.runtime.evaluate.record import Record, read
 from flabc.runtime.evaluate.task import EvalOptions
 
@@ -25,7 +24,7 @@ NONE = "-"
 _FORMATS = {"": "{:.1f} %", "nats": "{:.4f}", "bits": "{:.4f}"}
 
 
-class EvalSide(BaseModel):
+class EvalSide(Frozen):
     """A model and what asking it took.
 
     Args:
@@ -35,15 +34,13 @@ class EvalSide(BaseModel):
         seconds: wall time to answer and grade; None if an earlier run had answered a part.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     model: str
     parameters: int | None
     tokens: int | None = None
     seconds: float | None = None
 
 
-class EvalResult(BaseModel):
+class EvalResult(Frozen):
     """An evaluation.
 
     Args:
@@ -54,8 +51,6 @@ class EvalResult(BaseModel):
         rows: the table.
         unprotected: what the sandbox could not protect on this system; empty if nothing or if nothing was run.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     created: datetime
     environment: dict[str, Any]
@@ -161,10 +156,8 @@ def about(result: EvalResult) -> dict[str, str]:
     return facts
 
 
-class Pair(BaseModel):
+class Pair(Frozen):
     """A problem as both sides answered it; ``state`` is gained, lost, both or neither (pass or fail: one side)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     task_id: str
     state: str

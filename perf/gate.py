@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any, Literal
 
+from flabc.errors import UsageError
+from flabc.frozen import Frozen
 from flabc.runtime.measure.pairs import Pair
-from flabc.runtime.measure.result import Record
 
 from .comparison import EvalRow
 from .gates import SPEEDS, Gates, QualityGate
@@ -23,7 +24,7 @@ Kind = Literal["speed", "size", "quality", "parity"]
 ERRORS = 1.96
 
 
-class Check(Record):
+class Check(Frozen):
     """One metric's verdict.
 
     Args:
@@ -53,7 +54,7 @@ class Check(Record):
     detail: str = ""
 
 
-class Timed(Record):
+class Timed(Frozen):
     """What timing ended with: the checks, the pairs that count, and how many do not as others used the machine."""
 
     checks: tuple[Check, ...]
@@ -152,9 +153,16 @@ def sized(metric: str, value: float, baseline: float, unit: str, rise: float) ->
 
 
 def graded(task: str, row: EvalRow, gate: QualityGate) -> list[Check]:
-    """A quality figure against its bounds: how much worse than the baseline's, and its value."""
+    """A quality figure against its bounds: how much worse than the baseline's, and its value.
+
+    Raises:
+        UsageError: if it is to be compared with the baseline's, and there is no such comparison.
+    """
     checks = []
-    if gate.max_worse is not None and row.difference is not None:
+    if gate.max_worse is not None:
+        if row.difference is None:
+            fix = "Give max_value instead; kl, for one, is a comparison already."
+            raise UsageError(f"{task} has no difference to a baseline that max_worse could bound.", fix=fix)
         sign = -1 if row.higher_is_better else 1
         worse = sign * row.difference.value
         checks.append(_bounded(f"{task}: {row.metric}, worse by", worse, row.difference.error, gate.max_worse, row))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field, model_validator
 
-from flabc.errors import RecipeError, UnknownNameError
+from flabc.errors import UnknownNameError
+from flabc.frozen import Frozen, read_yaml, validated
 from flabc.runtime.measure.result import Sample, Workload
 
 #: Times of a run, all of which should be low, in milliseconds.
@@ -36,13 +36,7 @@ def _each_known(kind: str, known: Any) -> AfterValidator:
 Rise = Annotated[float, Field(gt=0)]
 
 
-class Closed(BaseModel):
-    """Frozen, and closed: a misspelt field is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class QualityGate(Closed):
+class QualityGate(Frozen):
     """A task of ``flabc eval`` and what its first figure may be.
 
     Args:
@@ -57,8 +51,14 @@ class QualityGate(Closed):
     corpus: str = "python-stdlib"
     limit: int | None = Field(None, ge=1)
 
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.max_worse is None and self.max_value is None:
+            raise ValueError("expected max_worse or max_value, or both: without a bound nothing is judged")
+        return self
 
-class Gates(Closed):
+
+class Gates(Frozen):
     """The content of a gates file.
 
     Args:
@@ -76,23 +76,22 @@ class Gates(Closed):
     budget_s: float = Field(120, gt=0)
     alpha: float = Field(0.05, gt=0, lt=0.5)
     max_foreign_cores: float = Field(0.25, gt=0)
-    speed: Annotated[dict[str, Rise], _each_known("speed", SPEEDS)] = {}
-    size: Annotated[dict[str, Rise], _each_known("size", SIZES)] = {}
-    quality: dict[str, QualityGate] = {}
+    speed: Annotated[dict[str, Rise], _each_known("speed", SPEEDS)] = Field({})
+    size: Annotated[dict[str, Rise], _each_known("size", SIZES)] = Field({})
+    quality: dict[str, QualityGate] = Field({})
     parity: bool = True
+
+    @model_validator(mode="after")
+    def _judges_something(self) -> Self:
+        if not (self.speed or self.size or self.quality or self.parity):
+            raise ValueError("expected speed, size, quality or parity: these gates let everything through")
+        return self
 
 
 def load(file: Path) -> Gates:
     """Read a gates file.
 
     Raises:
-        RecipeError: if it is no YAML, or does not validate; every wrong field is named.
+        RecipeError: if it is no YAML, does not validate (every wrong field is named), or judges nothing.
     """
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        return Gates.model_validate(content or {})
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{file} is not valid YAML: {error}") from error
-    except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-        raise RecipeError(f"{file} does not validate: {wrong}") from error
+    return validated(Gates, read_yaml(file), str(file))

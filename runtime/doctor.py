@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 import psutil
-from pydantic import BaseModel, ConfigDict
 
+from flabc.frozen import Frozen
 from flabc.runtime.measure.environment import cpu_name
 
 Status = Literal["ok", "missing", "problem"]
@@ -34,10 +34,8 @@ CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "am
 RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 
 
-class Finding(BaseModel):
+class Finding(Frozen):
     """One thing that was looked at."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     status: Status

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from flabc.frozen import Frozen
 
 from .backend import Logits
 
@@ -27,7 +29,7 @@ LIKELY = (1e-3, 1e-5, 0.0)
 BLOCK = 256
 
 
-class SamplingParams(BaseModel):
+class SamplingParams(Frozen):
     """How an answer is drawn. Names and defaults as OpenAI's API has them, but greedy unless asked otherwise.
 
     Args:
@@ -43,8 +45,6 @@ class SamplingParams(BaseModel):
         ignore_eos: go on after the end-of-sequence token; for measuring.
         logprobs: log-probabilities of each token and of the so many most likely ones at its place; None asks for none.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_tokens: int = Field(128, gt=0)
     temperature: float = Field(0.0, ge=0, allow_inf_nan=False)

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flabc.console import note
 from flabc.errors import LanguageModelError
+from flabc.frozen import problems
 
 from .fitness import Score
 from .genome import Genome, Site
@@ -181,7 +182,7 @@ def _candidates(task: Task, text: str, seen: Mapping[Genome, str]) -> list[Candi
     try:
         answer = Answer.model_validate_json(text[begin : end + 1])
     except ValidationError as error:
-        raise ValueError("; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())) from error
+        raise ValueError(problems(error)) from error
     found = [_candidate(task, rates) for rates in answer.candidates]
     new = {candidate.genome: candidate for candidate in reversed(found) if candidate.genome not in seen}
     if not new:

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from math import exp, log
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from flabc.console import progress
 from flabc.errors import CorpusError
+from flabc.frozen import Frozen
 from flabc.runtime.backend import Backend, Ids, Logits
 from flabc.runtime.text import TextCodec
 
@@ -22,7 +22,7 @@ from flabc.runtime.text import TextCodec
 WINDOW, STRIDE = 1024, 512
 
 
-class Perplexity(BaseModel):
+class Perplexity(Frozen):
     """The outcome: sums, from which every figure follows.
 
     Args:
@@ -31,8 +31,6 @@ class Perplexity(BaseModel):
         bytes: UTF-8 bytes of the text.
         documents: texts scored.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     nll_nats: float
     tokens: int

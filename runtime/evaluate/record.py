@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, Field, ValidationError
+
+from flabc.frozen import Frozen
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -14,7 +16,7 @@ T = TypeVar("T", bound=BaseModel)
 RECORDS = "records.jsonl"
 
 
-class Completion(BaseModel):
+class Completion(Frozen):
     """An answer that is not graded yet.
 
     Args:
@@ -25,8 +27,6 @@ class Completion(BaseModel):
         finish_reason: ``stop``, ``length``, or ``refused`` if the prompt left no room.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     task_id: str
     sample: int = 0
     text: str
@@ -34,7 +34,7 @@ class Completion(BaseModel):
     finish_reason: str = "stop"
 
 
-class Record(BaseModel):
+class Record(Frozen):
     """One observation.
 
     Args:
@@ -48,8 +48,6 @@ class Record(BaseModel):
         numbers: sums that perplexity and kl are made of.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     task_id: str
     unit: str
     kind: str = ""
@@ -58,7 +56,7 @@ class Record(BaseModel):
     prompt: str = ""
     completion: str = ""
     detail: str = ""
-    numbers: dict[str, float] = {}
+    numbers: dict[str, float] = Field({})
 
 
 class Journal(Generic[T]):

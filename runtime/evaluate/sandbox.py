@@ -29,9 +29,10 @@ from signal import Signals
 from typing import Any, Literal
 
 import psutil
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from flabc.errors import SandboxError
+from flabc.frozen import Frozen
 
 from . import seccomp
 
@@ -70,7 +71,7 @@ _NEEDY = ("_bz2", "_ctypes", "_decimal", "_hashlib", "_lzma", "_sqlite3", "_ssl"
 _CROWD = "import os, time\nfor _ in range(64):\n    if os.fork() == 0: time.sleep(60); os._exit(0)"
 
 
-class SandboxLimits(BaseModel):
+class SandboxLimits(Frozen):
     """What a program may take.
 
     Args:
@@ -82,8 +83,6 @@ class SandboxLimits(BaseModel):
         scratch_mib: size of the folder that it can write to, in a namespace.
         output_kib: what is read of its last error, at most; what it prints is not kept.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     timeout_s: float = Field(10.0, gt=0)
     memory_mib: int = Field(2048, gt=0)

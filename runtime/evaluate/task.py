@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from flabc.errors import UnknownNameError, UsageError
+from flabc.frozen import Frozen
 
 from .problem import Problem
 
@@ -73,7 +74,7 @@ def parse(name: str) -> tuple[str, tuple[str, ...]]:
     return base, tuple(filter(None, rest.split(",")))
 
 
-class EvalOptions(BaseModel):
+class EvalOptions(Frozen):
     """How a model is measured; the same for every side.
 
     Args:
@@ -92,8 +93,6 @@ class EvalOptions(BaseModel):
         timeout_s: wall time of one program, in seconds.
         allow_code_execution: whether model-written code may run, in the sandbox.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     task: str = PERPLEXITY
     data: Path | None = None

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from flabc.frozen import Frozen
+
 from .bench import Process, opened, warm_up
 from .foreign import ForeignLoad
-from .result import Record, Sample, Workload
+from .result import Sample, Workload
 
 
-class Pair(Record):
+class Pair(Frozen):
     """One block of baseline, candidate, candidate, baseline on the same prompt.
 
     Args:

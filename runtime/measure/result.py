@@ -5,21 +5,16 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from flabc.frozen import Frozen
 from flabc.runtime.evaluate.perplexity import Perplexity
 from flabc.spec import ModelSpec
 
 SCHEMA_VERSION = 2
 
 
-class Record(BaseModel):
-    """Frozen and closed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Workload(Record):
+class Workload(Frozen):
     """What every run does: prompts of ``prompt_tokens``, ``output_tokens`` generated for each, stop tokens ignored.
 
     ``batch`` prompts run at once; they are as long as each other, so that the work is the same in every run.
@@ -32,7 +27,7 @@ class Workload(Record):
     threads: int | None = Field(None, ge=1)
 
 
-class Sample(Record):
+class Sample(Frozen):
     """One run. ``token_ms`` has the time of each token after the first, of every sequence of the batch at once."""
 
     ttft_ms: float
@@ -54,7 +49,7 @@ class Sample(Record):
         return 1000 * (1 + len(self.token_ms)) / self.total_ms
 
 
-class Cell(Record):
+class Cell(Frozen):
     """Runs of both sides at another length of prompts or another batch."""
 
     prompt_tokens: int
@@ -63,7 +58,7 @@ class Cell(Record):
     candidate: tuple[Sample, ...]
 
 
-class Roofline(Record):
+class Roofline(Frozen):
     """What the machine can do at best.
 
     Args:
@@ -76,7 +71,7 @@ class Roofline(Record):
     gflops: float
 
 
-class Energy(Record):
+class Energy(Frozen):
     """What a counter read; ``joules_per_token`` is None where there is none, and ``missing`` says why.
 
     Args:
@@ -96,7 +91,7 @@ class Energy(Record):
     missing: str | None = None
 
 
-class Side(Record):
+class Side(Frozen):
     """One engine and all that was measured of it; ``bytes_per_token`` are the weights that an output token reads."""
 
     engine: str
@@ -111,7 +106,7 @@ class Side(Record):
     energy: Energy | None = None
 
 
-class BenchResult(Record):
+class BenchResult(Frozen):
     """Two engines measured side by side. ``flabc.json`` beside it says what made them.
 
     ``foreign_cores`` has the cores that others kept busy, on average, during each round; ``sweep`` what was measured

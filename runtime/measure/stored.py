@@ -16,13 +16,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from flabc.errors import ArtifactError, EngineError
+from flabc.frozen import Frozen
 from flabc.spec import ModelSpec
 
 from .bench import Process, opened, warm_up
 from .environment import environment
 from .foreign import ForeignLoad
 from .pairs import Pair
-from .result import Record, Roofline, Sample, Workload
+from .result import Roofline, Sample, Workload
 from .roofline import bytes_per_token, measure_roofline
 
 SCHEMA_VERSION = 1
@@ -31,7 +32,7 @@ SCHEMA_VERSION = 1
 RENEWED = 4
 
 
-class Baseline(Record):
+class Baseline(Frozen):
     """A committed baseline.
 
     Args:

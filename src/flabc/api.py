@@ -24,9 +24,9 @@ from flabc.errors import (
     require,
 )
 from flabc.exports import Exported, export
+from flabc.frozen import Frozen
 from flabc.recipe import Recipe
 from flabc.recipe import load as load_recipe
-from flabc.result import Result
 from flabc.runtime.doctor import Finding, examine
 from flabc.runtime.evaluate.record import Record
 from flabc.runtime.evaluate.sandbox import isolation
@@ -66,7 +66,7 @@ HELDOUT_DOCUMENTS, HELDOUT_CHARACTERS = 24, 2400
 CHARACTERS_PER_TOKEN = 12
 
 
-class Inspection(Result):
+class Inspection(Frozen):
     """What a model is made of, and what each kind of cut could save.
 
     ``savings`` has parameters per cut; ``duplicate_output_cosine`` is set if a GGUF carries an input and an output
@@ -85,7 +85,7 @@ class Inspection(Result):
     can_tie: bool = False
 
 
-class Compressed(Result):
+class Compressed(Frozen):
     """What compressing did. ``path`` is None after a dry run."""
 
     path: Path | None
@@ -101,7 +101,7 @@ class Compressed(Result):
         return self.spec.num_parameters / self.dense.num_parameters
 
 
-class Diff(Result):
+class Diff(Frozen):
     """Problems that ``after`` solves and ``before`` does not, and the other way round, of ``compared`` ones."""
 
     before: str
@@ -112,7 +112,7 @@ class Diff(Result):
     lost: tuple[str, ...]
 
 
-class BenchReport(Result):
+class BenchReport(Frozen):
     """Where a benchmark's report is, and what it says."""
 
     path: Path

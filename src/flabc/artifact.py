@@ -21,10 +21,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from flabc.console import note
 from flabc.errors import ArtifactError, EngineError, UsageError
+from flabc.frozen import Frozen
 from flabc.spec import ModelSpec
 
 MANIFEST = "flabc.json"
@@ -54,19 +55,15 @@ _RECORDED = (
 Kind = Literal["checkpoint", "engine", "gguf", "report"]
 
 
-class SourceRecord(BaseModel):
+class SourceRecord(Frozen):
     """What an artifact was made from: a name a person knows, and the sha256 of each file that was read."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     name: str
-    files: dict[str, str] = {}
+    files: dict[str, str] = Field({})
 
 
-class Manifest(BaseModel):
+class Manifest(Frozen):
     """The content of ``flabc.json``. ``target`` is what an engine was exported to."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = SCHEMA_VERSION
     kind: Kind
@@ -76,9 +73,9 @@ class Manifest(BaseModel):
     recipe: dict[str, Any] | None = None
     source: SourceRecord | None = None
     seed: int | None = None
-    versions: dict[str, str] = {}
-    receipts: dict[str, Any] = {}
-    files: dict[str, str] = {}
+    versions: dict[str, str] = Field({})
+    receipts: dict[str, Any] = Field({})
+    files: dict[str, str] = Field({})
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from flabc.artifact import MANIFEST, Artifact
 from flabc.console import note
 from flabc.errors import EngineError, ParityError, UsageError
 from flabc.export.precision import CANDIDATES, Storage
-from flabc.result import Result
+from flabc.frozen import Frozen
 from flabc.runtime.measure.result import Sample, Workload
 from flabc.source import Job, Source, model_folder
 from flabc.spec import ModelSpec
@@ -33,7 +33,7 @@ KL_BOUND = 0.02
 RACE = Workload(prompt_tokens=128, output_tokens=32, rounds=3)
 
 
-class Candidate(Result):
+class Candidate(Frozen):
     """A precision that was tried.
 
     Args:
@@ -57,7 +57,7 @@ class Candidate(Result):
     verdict: str = ""
 
 
-class Exported(Result):
+class Exported(Frozen):
     """What exporting wrote, and how it compares with torch; ``candidates`` if the precision was found by measuring."""
 
     path: Path

@@ -11,11 +11,11 @@ from typing import Any
 from flabc import artifact
 from flabc.artifact import Artifact
 from flabc.errors import UsageError, require
+from flabc.frozen import Frozen
 from flabc.perf import gate, gates, verdict_files
 from flabc.perf.gate import Check, Timed
 from flabc.perf.gates import Gates
 from flabc.perf.sequential import LOOKS, Outcome
-from flabc.result import Result
 from flabc.runtime.evaluate.task import EvalOptions
 from flabc.runtime.measure.environment import environment
 from flabc.runtime.measure.pairs import Pair, measured_pairs
@@ -29,7 +29,7 @@ STORED_PAIRS = 40
 UNITS = {"parameters": "", "bytes_on_disk": "B", "peak_memory_mib": "MiB"}
 
 
-class Gated(Result):
+class Gated(Frozen):
     """A gate's verdict. ``path`` is the report folder, if one was asked for."""
 
     verdict: Outcome
@@ -40,7 +40,7 @@ class Gated(Result):
     path: Path | None = None
 
 
-class Noise(Result):
+class Noise(Frozen):
     """An engine against itself: by speed, the rise that could not be told from none, and the limit of the gates."""
 
     rises: dict[str, float]

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from flabc.compress.config import Config
-from flabc.errors import ArtifactError, RecipeError, UsageError
-from flabc.recipe import problems
+from flabc.errors import ArtifactError, UsageError
+from flabc.frozen import Frozen, read_yaml, validated
 
 FILE = "flabc.yaml"
 SCHEMA_FILE = ".flabc.schema.json"
@@ -40,7 +38,7 @@ seed: 0
 """
 
 
-class Project(Config):
+class Project(Frozen):
     """The content of ``flabc.yaml``."""
 
     model: str = Field(description="A Hugging Face folder, a hub id, a GGUF file, or a built-in alias.")
@@ -63,12 +61,7 @@ def find(folder: Path = Path()) -> Project | None:
     file = folder / FILE
     if not file.is_file():
         return None
-    try:
-        return Project.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{file} is not valid YAML: {error}") from error
-    except ValidationError as error:
-        raise RecipeError(f"{file} does not validate: {problems(error)}") from error
+    return validated(Project, read_yaml(file), str(file))
 
 
 def need(what: str) -> Project:

@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from flabc.compress.config import Calibration, Config, StageConfig, Target, check_stage_name
+from flabc.compress.config import Calibration, StageConfig, Target, check_stage_name
 from flabc.errors import RecipeError, UnknownNameError
+from flabc.frozen import Frozen, read_yaml, validated
 
 #: Where the shipped recipes lie.
 SHIPPED = Path(__file__).parent / "recipes"
 
 
-class Recipe(Config):
+class Recipe(Frozen):
     """A recipe, validated.
 
     ``flabc recipes`` lists those that are shipped; ``flabc recipes --schema`` prints this model's JSON schema.
@@ -47,10 +48,7 @@ def load(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: if the file is not YAML, or does not validate; a misspelt criterion or score gets a guess.
     """
     file = find(name)
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file} is not valid YAML: {error}") from error
+    content = read_yaml(file)
     if not isinstance(content, dict):
         raise RecipeError(f"{file} is not a recipe.", expected="a mapping with 'name' and 'stages'")
     for override in overrides:
@@ -68,10 +66,7 @@ def parse(content: Mapping[str, Any], origin: str) -> Recipe:
     stages = content.get("stages")
     for entry in stages if isinstance(stages, list) else ():
         check_stage_name(entry)
-    try:
-        recipe = Recipe.model_validate(content)
-    except ValidationError as error:
-        raise RecipeError(f"The recipe {origin} does not validate: {problems(error)}") from error
+    recipe = validated(Recipe, content, f"The recipe {origin}")
     open_ended = [stage.stage for stage in recipe.stages if stage.takes_the_rest]
     if open_ended and recipe.target is None:
         raise RecipeError(
@@ -79,21 +74,6 @@ def parse(content: Mapping[str, Any], origin: str) -> Recipe:
             fix="Give it one of the two.",
         )
     return recipe
-
-
-def problems(error: ValidationError) -> str:
-    """A validation error as one paragraph: each field and what is wrong with it."""
-    entries = error.errors()
-    # A list whose entries are wrong is also reported as too short: only the deepest complaint helps.
-    inner = [entry for entry in entries if not any(_inside(other["loc"], entry["loc"]) for other in entries)]
-    return "; ".join(
-        f"{'.'.join(str(part) for part in entry['loc']) or 'top level'}: {entry['msg'].removeprefix('Value error, ')}"
-        for entry in inner
-    )
-
-
-def _inside(deep: tuple[int | str, ...], place: tuple[int | str, ...]) -> bool:
-    return len(deep) > len(place) and deep[: len(place)] == place
 
 
 def find(name: str | Path) -> Path:

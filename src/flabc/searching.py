@@ -18,9 +18,9 @@ from flabc import artifact
 from flabc.compress.config import Target, VocabConfig, WidthsConfig
 from flabc.console import Advance, note, progress
 from flabc.errors import UnknownNameError, UsageError, require
+from flabc.frozen import Frozen
 from flabc.recipe import Recipe
 from flabc.recipe import load as load_recipe
-from flabc.result import Result
 
 if TYPE_CHECKING:
     from flabc.compress.data.corpus import Document
@@ -42,7 +42,7 @@ TRANSCRIPT = "transcript.jsonl"
 COUNTED = ("asked", "valid", "prompt_tokens", "completion_tokens")
 
 
-class Options(Result):
+class Options(Frozen):
     """How to search.
 
     ``sequences`` are the calibration windows that candidates are compared on: all on the first number of them, the
@@ -64,7 +64,7 @@ class Options(Result):
     fallback: Literal["evolution"] | None = None
 
 
-class Row(Result):
+class Row(Frozen):
     """One genome: parameters of the model after the widths stage, and KL to the dense model in nats per token."""
 
     name: str
@@ -73,7 +73,7 @@ class Row(Result):
     heldout_kl: float
 
 
-class Searched(Result):
+class Searched(Frozen):
     """What a search found. ``best`` and ``uniform`` are compared on text that was searched on, and on held-out text.
 
     ``asked`` counts the answers of a language model, ``valid`` those that could be used.

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from flabc.errors import ModelError
 from flabc.families import Axis, Part, TensorSlot, family_named, family_of
 from flabc.families.per_layer import PER_LAYER, per_layer_fields, plain_view
+from flabc.frozen import Frozen
 
 #: Bytes per parameter; block scales of the integer formats (one float16 per 32 weights) are included.
 BYTES_PER_PARAMETER: dict[str, float] = {
@@ -26,10 +27,8 @@ BYTES_PER_PARAMETER: dict[str, float] = {
 }
 
 
-class LayerSpec(BaseModel):
+class LayerSpec(Frozen):
     """The shape of one layer; 0 means that the sub-block is gone."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     num_attention_heads: int = Field(ge=0)
     num_key_value_heads: int = Field(ge=0)
@@ -53,13 +52,11 @@ class LayerSpec(BaseModel):
         return self.intermediate_size > 0
 
 
-class ModelSpec(BaseModel):
+class ModelSpec(Frozen):
     """The shapes of a model.
 
     ``flags`` holds the family's switches (``qkv_bias`` and the like) as they were resolved from the config.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     family: str
     vocab_size: int = Field(gt=0)
@@ -70,7 +67,7 @@ class ModelSpec(BaseModel):
     rms_norm_eps: float = Field(gt=0)
     rope_theta: float = Field(gt=0)
     rope_type: str = "default"
-    flags: dict[str, bool] = {}
+    flags: dict[str, bool] = Field({})
     layers: tuple[LayerSpec, ...] = Field(min_length=1)
 
     @classmethod

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from flabc.errors import RecipeError
+from flabc.errors import RecipeError, UsageError
 from flabc.perf import gate, gates, verdict_files
 from flabc.perf.comparison import Estimate, EvalRow
 from flabc.perf.gates import Gates, QualityGate
@@ -120,6 +120,12 @@ def test_a_value_may_be_bounded_whatever_the_baseline() -> None:
     assert (check.outcome, check.limit, check.samples) == ("fail", 0.1, 30)
 
 
+def test_a_fall_that_cannot_be_measured_is_refused_and_not_passed_over() -> None:
+    alone = row(0, 0.01, higher=False).model_copy(update={"difference": None})
+    with pytest.raises(UsageError, match="kl has no difference to a baseline"):
+        gate.graded("kl", alone, QualityGate(max_worse=0.1))
+
+
 def test_an_engine_without_proof_fails() -> None:
     assert gate.proven(None).outcome == "fail"
     assert gate.proven({"holds": True, "kl": 1e-9}).outcome == "pass"
@@ -157,6 +163,9 @@ def test_files_for_people_and_for_ci(tmp_path: Path) -> None:
         ("speed: {tpot_ms: 0}", "greater than 0"),
         ("sped: {}", "sped: Extra inputs"),
         ("a: [", "not valid YAML"),
+        ("", "top level: Input should be a valid dictionary"),
+        ("parity: false", "these gates let everything through"),
+        ("quality: {kl: {}}", "quality.kl: expected max_worse or max_value"),
     ],
 )
 def test_a_wrong_gates_file_names_the_field(tmp_path: Path, text: str, problem: str) -> None:
