@@ -11,16 +11,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flabc.runtime.measure.result import BenchResult, Cell, Energy, Side
 
 from .plots import plots, svg
 from .statistics import median, median_ratio, median_ratio_interval, percentiles
 from .table import Row, as_markdown, cells, conversion, interval_text, quantity, rows, significant, times
-
-if TYPE_CHECKING:
-    pass
 
 TITLE = "Dense against pruned"
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,8 @@ from .backend import Backend, Ids, Logits
 from .prefixes import PrefixCache, Saved, common
 from .sampling import Sampler, SamplingParams
 from .session import Chunk, Session
+
+LOG = logging.getLogger("flabc.batch")
 
 #: Prompt tokens, padding included, that are computed at once: enough to keep the cores busy, few enough that
 #: activations stay small.
@@ -84,7 +87,8 @@ class Job:
             if self._deliver is not None:
                 self._deliver(chunk)
         except Exception as error:  # a tokenizer's, or of whoever listens
-            self.fail(EngineError(f"The answer could not be written: {error}"))
+            LOG.exception("an answer could not be written")
+            self.fail(caused(EngineError(f"The answer could not be written: {error}"), error))
 
     def cancel(self) -> None:
         """End because nobody waits for the answer any more; its place is free within a step."""
@@ -315,6 +319,12 @@ def generate_batch(
             if job.error is not None:
                 raise job.error
             yield places[job], job.answer.generation()
+
+
+def caused(error: FlabcError, cause: BaseException) -> FlabcError:
+    """An error that is not raised here but handed on, with what it comes from."""
+    error.__cause__ = cause
+    return error
 
 
 def check_prompt(session: Session, prompt_ids: Sequence[int]) -> None:

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from flabc.errors import ClosedError, DeadlineError, EngineError, QueueFullError
+from flabc.errors import ClosedError, DeadlineError, EngineError, FlabcError, QueueFullError
 
-from .batch import Batch, Job
+from .batch import Batch, Job, caused
 from .prefixes import PrefixCache
 from .sampling import Token, scored
 from .session import Session
@@ -182,16 +182,18 @@ class Scheduler:
 
     def _run(self) -> None:
         """Step while there is work; whatever ends this, nobody is left waiting."""
+        why: FlabcError = ClosedError("The server has shut down before the answer was whole.")
         try:
             while self._wait():
                 self._expire()
                 self._score()
                 for job in self._step():
                     self._end(job)
-        except Exception:
+        except Exception as error:
             LOG.exception("the scheduler failed")
+            why = caused(EngineError(f"The server can answer no more: {error}"), error)
         finally:
-            self._stop()
+            self._stop(why)
 
     def _step(self) -> list[Job]:
         self.steps += 1
@@ -201,7 +203,7 @@ class Scheduler:
             LOG.exception("the engine failed")
             taken = self._batch.abandon()
             for job in taken:
-                job.fail(EngineError(f"The engine failed: {error}"))
+                job.fail(caused(EngineError(f"The engine failed: {error}"), error))
             return taken
 
     def _wait(self) -> bool:
@@ -241,7 +243,7 @@ class Scheduler:
                 future.set_exception(error)
             except Exception as error:
                 LOG.exception("the engine failed")
-                future.set_exception(EngineError(f"The engine failed: {error}"))
+                future.set_exception(caused(EngineError(f"The engine failed: {error}"), error))
         self._less(1)
 
     def _end(self, job: Job) -> None:
@@ -259,15 +261,14 @@ class Scheduler:
             self._live -= count
             self._changed.notify_all()
 
-    def _stop(self) -> None:
+    def _stop(self, why: FlabcError) -> None:
         """Fail whatever is left."""
-        closed = ClosedError("The server has shut down before the answer was whole.")
         with self._changed:
             self._accepting = False
         for job in [*self._batch.drop(), *self._batch.waiting, *self._arrived]:
-            job.fail(closed)
+            job.fail(why)
             self._end(job)
         for text in self._texts:
             if text.future.set_running_or_notify_cancel():
-                text.future.set_exception(closed)
+                text.future.set_exception(why)
         self._less(len(self._texts))

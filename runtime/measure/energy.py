@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from .result import Energy
 
@@ -60,12 +60,10 @@ class Nvml:
 
     name = "NVML"
 
-    def __init__(self) -> None:
-        import pynvml
-
-        self._nvml = pynvml
-        pynvml.nvmlInit()
-        self._device = pynvml.nvmlDeviceGetHandleByIndex(0)
+    def __init__(self, nvml: Any) -> None:
+        self._nvml = nvml
+        nvml.nvmlInit()
+        self._device = nvml.nvmlDeviceGetHandleByIndex(0)
 
     def joules(self) -> float:
         """Of the device since its driver was loaded."""
@@ -76,14 +74,11 @@ def find_counter(provider: str = "auto", powercap: Path = POWERCAP) -> Counter |
     """The counter of what computes, or why there is none.
 
     Args:
-        provider: ``cuda`` reads the GPU, anything else the processor.
+        provider: ``cuda`` and ``tensorrt`` read the GPU, anything else the processor.
         powercap: where Linux shows the processor's counters.
     """
-    if provider == "cuda":
-        try:
-            return Nvml()
-        except Exception as error:  # an import that fails, or NVML's own errors, whose root needs the import
-            return f"NVML cannot be read: {error}"
+    if provider in ("cuda", "tensorrt"):
+        return _nvml()
     zones = sorted(zone for zone in powercap.glob("*-rapl:*") if zone.name.count(":") == 1)
     if not zones:
         return "the system shows no energy counter (RAPL)"
@@ -91,6 +86,17 @@ def find_counter(provider: str = "auto", powercap: Path = POWERCAP) -> Counter |
         return Rapl(zones)
     except (OSError, ValueError) as error:
         return f"RAPL cannot be read: {error}"
+
+
+def _nvml() -> Nvml | str:
+    try:
+        import pynvml
+    except ImportError as error:
+        return f"NVML cannot be read: {error}; pip install nvidia-ml-py"
+    try:
+        return Nvml(pynvml)
+    except pynvml.NVMLError as error:
+        return f"NVML cannot be read: {error}"
 
 
 def measure_energy(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 
 from flabc.frozen import Frozen
 
-from .bench import Process, opened, warm_up
 from .foreign import ForeignLoad
+from .process import Process, opened, warm_up
 from .result import Sample, Workload
 
 
@@ -45,16 +46,15 @@ def measured_pairs(
     with opened(baseline, workload) as a, opened(candidate, workload) as b:
         for side in (a, b):
             warm_up(side, prompts[0], workload)
-        yield _pairs(a, b, workload, prompts)
+        yield interleaved(a, b, workload, prompts)
 
 
-def _pairs(a: Process, b: Process, workload: Workload, prompts: Sequence[str]) -> Iterator[Pair]:
-    turn = 0
-    while True:
-        text = prompts[turn % len(prompts)]
+def interleaved(a: Process, b: Process, workload: Workload, prompts: Sequence[str]) -> Iterator[Pair]:
+    """Pairs without end of two engines that are open, each measured when it is asked for; ``a`` is the baseline."""
+    for text in cycle(prompts):
+        # ABBA: whatever drifts steadily hits both sides alike.
         with ForeignLoad([a.pid, b.pid]) as foreign:
             first = a.run(text, workload)
             tried = b.run(text, workload), b.run(text, workload)
             last = a.run(text, workload)
         yield Pair(baseline=(first, last), candidate=tried, foreign_cores=foreign.cores)
-        turn += 1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flabc.console import progress
 
-from .bench import opened, warm_up
+from .process import opened, warm_up
 from .result import Sample, Workload
 
 

@@ -25,6 +25,7 @@ class Workload(Frozen):
     output_tokens: int = Field(64, ge=2)  # time per token is measured between tokens
     rounds: int = Field(5, ge=1)
     threads: int | None = Field(None, ge=1)
+    provider: str = "auto"
 
 
 class Sample(Frozen):

@@ -15,14 +15,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from flabc.artifact import folder_bytes
 from flabc.errors import ArtifactError, EngineError
 from flabc.frozen import Frozen
 from flabc.spec import ModelSpec
 
-from .bench import Process, opened, warm_up
 from .environment import environment
 from .foreign import ForeignLoad
 from .pairs import Pair
+from .process import Process, opened, warm_up
 from .result import Roofline, Sample, Workload
 from .roofline import bytes_per_token, measure_roofline
 
@@ -158,9 +159,11 @@ def _runs(
 
 
 def sizes_of(process: Process) -> dict[str, float]:
-    """What is counted of an engine: parameters, bytes on disk, and the most memory its process held, MiB."""
-    return {
-        "parameters": ModelSpec.model_validate(process.description["spec"]).num_parameters,
-        "bytes_on_disk": sum(file.stat().st_size for file in process.folder.rglob("*") if file.is_file()),
-        "peak_memory_mib": process.call("memory")["peak_rss_mib"],
-    }
+    """All that is counted of an engine: also the most memory its process has held, MiB."""
+    spec = ModelSpec.model_validate(process.description["spec"])
+    return {**counted(process.folder, spec), "peak_memory_mib": process.call("memory")["peak_rss_mib"]}
+
+
+def counted(folder: Path, spec: ModelSpec) -> dict[str, float]:
+    """What is counted of an engine without running it: parameters, and bytes on disk."""
+    return {"parameters": spec.num_parameters, "bytes_on_disk": folder_bytes(folder)}

@@ -26,9 +26,9 @@ from flabc.runtime.session import Session
 class Worker:
     """Answers requests about one engine."""
 
-    def __init__(self, folder: str, max_length: int, max_batch: int, threads: int | None) -> None:
+    def __init__(self, folder: str, max_length: int, max_batch: int, threads: int | None, provider: str) -> None:
         started = time.perf_counter()
-        limits = Limits(max_length=max_length, max_batch=max_batch, threads=threads)
+        limits = Limits(max_length=max_length, max_batch=max_batch, threads=threads, provider=provider)
         self.session = Session.open(folder, limits=limits)
         self.load_ms = 1000 * (time.perf_counter() - started)
 

@@ -118,7 +118,7 @@ def _log_json() -> None:
     """Log JSON lines to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name in ("flabc.server", "flabc.scheduler", "uvicorn.error"):
+    for name in ("flabc", "uvicorn.error"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(logging.INFO)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flabc import artifact
+from flabc import api, artifact
 from flabc.artifact import Artifact
 from flabc.errors import UsageError, require
 from flabc.frozen import Frozen
@@ -19,8 +19,9 @@ from flabc.perf.sequential import LOOKS, Outcome
 from flabc.runtime.evaluate.task import EvalOptions
 from flabc.runtime.measure.environment import environment
 from flabc.runtime.measure.pairs import Pair, measured_pairs
+from flabc.runtime.measure.process import opened
 from flabc.runtime.measure.result import Workload
-from flabc.runtime.measure.stored import Baseline, measure_baseline, sizes_of, stored_pairs
+from flabc.runtime.measure.stored import Baseline, counted, measure_baseline, sizes_of, stored_pairs
 
 #: Pairs of runs in a baseline, and of an engine against itself.
 STORED_PAIRS = 40
@@ -149,8 +150,6 @@ def baseline(
 
 def prompts(corpus: str, workload: Workload) -> list[str]:
     """Held-out texts that are long enough for a prompt."""
-    from flabc import api
-
     return api.prompt_texts(corpus, workload)
 
 
@@ -174,22 +173,21 @@ def _speeds(engine: Path, against: Path | Baseline, asked: Gates, corpus: str) -
 def _sizes(engine: Path, against: Path | Baseline, asked: Gates) -> list[Check]:
     if not asked.size:
         return []
-    found = _counted(engine, asked.workload)
-    before = against.sizes if isinstance(against, Baseline) else _counted(against, asked.workload)
+    found = _sizes_of(engine, asked)
+    before = against.sizes if isinstance(against, Baseline) else _sizes_of(against, asked)
     return [gate.sized(name, found[name], before[name], UNITS[name], rise) for name, rise in asked.size.items()]
 
 
-def _counted(engine: Path, workload: Workload) -> dict[str, float]:
-    from flabc.runtime.measure.bench import opened
-
-    with opened(engine, workload) as process:
-        process.run("x = 1\n" * workload.prompt_tokens, workload)  # memory is what serving needs
+def _sizes_of(engine: Path, asked: Gates) -> dict[str, float]:
+    """What is counted of an engine; it is run only if its memory is asked for."""
+    if "peak_memory_mib" not in asked.size:
+        return counted(engine, Artifact.open(engine, "engine").model)
+    with opened(engine, asked.workload) as process:
+        process.run("x = 1\n" * asked.workload.prompt_tokens, asked.workload)  # memory is what serving needs
         return sizes_of(process)
 
 
 def _qualities(engine: Path, against: Path | None, asked: Gates, allowed: bool) -> list[Check]:
-    from flabc import api
-
     checks: list[Check] = []
     for task, wanted in asked.quality.items():
         options: dict[str, Any] = {"task": task, "corpus": wanted.corpus, "limit": wanted.limit}

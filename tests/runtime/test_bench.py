@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from flabc.errors import EngineError
-from flabc.runtime.measure import bench
+from flabc.runtime.measure import bench, process
 from flabc.runtime.measure.result import Sample, Workload
 from flabc.runtime.measure.worker import Worker
 from flabc.runtime.sampling import SamplingParams
@@ -27,13 +27,13 @@ def test_runs_are_interleaved_so_that_drift_cancels(
     tiny_engine: Path, tiny_dense_engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    true = bench.Process.run
+    true = process.Process.run
 
-    def run(self: bench.Process, text: str, workload: Workload) -> Sample:
+    def run(self: process.Process, text: str, workload: Workload) -> Sample:
         order.append(self.folder.name)
         return true(self, text, workload)
 
-    monkeypatch.setattr(bench.Process, "run", run)
+    monkeypatch.setattr(process.Process, "run", run)
     monkeypatch.setattr(bench, "warm_up", lambda *_: 0)
     result = bench.bench(tiny_engine, tiny_dense_engine, SMALL.model_copy(update={"rounds": 2}), [TEXT], [])
     a, b = tiny_dense_engine.name, tiny_engine.name
@@ -46,13 +46,13 @@ def test_a_sweep_measures_every_cell_in_turns(
     tiny_engine: Path, tiny_dense_engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[tuple[str, int, int]] = []
-    true = bench.Process.run
+    true = process.Process.run
 
-    def run(self: bench.Process, text: str, workload: Workload) -> Sample:
+    def run(self: process.Process, text: str, workload: Workload) -> Sample:
         order.append((self.folder.name, workload.prompt_tokens, workload.batch))
         return true(self, text, workload)
 
-    monkeypatch.setattr(bench.Process, "run", run)
+    monkeypatch.setattr(process.Process, "run", run)
     monkeypatch.setattr(bench, "warm_up", lambda *_: 0)
     wide = SMALL.model_copy(update={"batch": 3, "prompt_tokens": 6})
     result = bench.bench(tiny_engine, tiny_dense_engine, SMALL, [TEXT], [], [wide])
@@ -69,7 +69,7 @@ def test_a_sweep_measures_every_cell_in_turns(
 
 
 def test_a_batch_makes_the_tokens_that_each_row_would_alone(tiny_engine: Path) -> None:
-    worker = Worker(str(tiny_engine), max_length=12, max_batch=3, threads=None)
+    worker = Worker(str(tiny_engine), max_length=12, max_batch=3, threads=None, provider="auto")
     ids = worker.session.codec.encode_plain(TEXT)[:8]
     together = np.concatenate([np.asarray(step) for step in worker._steps(ids, 4, 3)], axis=1)
     alone = [token.id for token in worker.session.tokens(ids, SamplingParams(max_tokens=4, ignore_eos=True))]
@@ -77,23 +77,23 @@ def test_a_batch_makes_the_tokens_that_each_row_would_alone(tiny_engine: Path) -
 
 
 def test_a_worker_that_dies_is_told_with_its_exit_code(tiny_engine: Path) -> None:
-    process = bench.Process(tiny_engine, SMALL)
-    process._pipe.kill()
+    worker = process.Process(tiny_engine, SMALL)
+    worker._pipe.kill()
     with pytest.raises(EngineError, match="exit code -9"):
-        process.run(TEXT, SMALL)
-    process.close()
+        worker.run(TEXT, SMALL)
+    worker.close()
 
 
 def test_a_text_too_short_for_the_prompt_is_refused(tiny_engine: Path) -> None:
-    process = bench.Process(tiny_engine, SMALL)
+    worker = process.Process(tiny_engine, SMALL)
     with pytest.raises(EngineError, match="8 tokens"):
-        process.run("a", SMALL)
-    process.close()
+        worker.run("a", SMALL)
+    worker.close()
 
 
 def test_an_engine_that_cannot_be_opened_is_told(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="is no model"):
-        bench.Process(tmp_path, SMALL)
+        process.Process(tmp_path, SMALL)
 
 
 class Timed:
@@ -111,20 +111,20 @@ class Timed:
     [
         ((100, 101), 2),
         ((200, 100, 109), 3),
-        ((100, 200, 100, 200, 100, 200, 100), bench.MAX_WARMUPS),  # never steady
+        ((100, 200, 100, 200, 100, 200, 100), process.MAX_WARMUPS),  # never steady
     ],
 )
 def test_warming_up_ends_when_runs_are_steady_or_at_the_bound(totals_ms: tuple[float, ...], runs: int) -> None:
-    process: Any = Timed(*totals_ms)
-    assert bench.warm_up(process, TEXT, SMALL) == runs
-    assert len(process.totals_ms) == len(totals_ms) - runs
+    timed: Any = Timed(*totals_ms)
+    assert process.warm_up(timed, TEXT, SMALL) == runs
+    assert len(timed.totals_ms) == len(totals_ms) - runs
 
 
 def test_a_run_cut_short_by_the_model_is_refused(tiny_engine: Path) -> None:
-    process = bench.Process(tiny_engine, SMALL)
+    worker = process.Process(tiny_engine, SMALL)
     with pytest.raises(EngineError, match=r"too few tokens.*Expected: 5.*Found: 4"):
-        process.run(TEXT, SMALL.model_copy(update={"output_tokens": 5}))
-    process.close()
+        worker.run(TEXT, SMALL.model_copy(update={"output_tokens": 5}))
+    worker.close()
 
 
 @pytest.mark.parametrize("wrong", [{"output_tokens": 1}, {"rounds": 0}, {"prompt_tokens": 0}, {"threads": 0}])

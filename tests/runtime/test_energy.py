@@ -46,6 +46,7 @@ def test_a_gpu_is_read_by_nvml_or_the_reason_is_told(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert str(find_counter("cuda")).startswith("NVML cannot be read")
     library = ModuleType("pynvml")
+    library.NVMLError = type("NVMLError", (Exception,), {})  # type: ignore[attr-defined]
     library.nvmlInit = lambda: None  # type: ignore[attr-defined]
     library.nvmlDeviceGetHandleByIndex = lambda index: ("device", index)  # type: ignore[attr-defined]
     library.nvmlDeviceGetTotalEnergyConsumption = lambda device: 1500 if device == ("device", 0) else 0  # type: ignore[attr-defined]
@@ -53,6 +54,12 @@ def test_a_gpu_is_read_by_nvml_or_the_reason_is_told(monkeypatch: pytest.MonkeyP
     counter = find_counter("cuda")
     assert isinstance(counter, Nvml)
     assert counter.joules() == 1.5
+
+    def no_driver() -> None:
+        raise library.NVMLError("Driver Not Loaded")
+
+    library.nvmlInit = no_driver  # type: ignore[attr-defined]
+    assert find_counter("tensorrt") == "NVML cannot be read: Driver Not Loaded"
 
 
 class Machine:

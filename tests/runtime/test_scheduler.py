@@ -395,11 +395,8 @@ def test_closing_ends_all_at_once(on_engine: Alone, scheduler: Callable[..., Sch
     assert all(isinstance(job.error, ClosedError) for job in jobs)
 
 
-def test_an_engine_that_fails_once_takes_only_those_that_ran(
-    on_engine: Alone, scheduler: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    running = scheduler()
-    heard, jobs = held(on_engine, running, 4)
+def fail_once(on_engine: Alone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the next step of the engine fail."""
     backend, extend = on_engine.session.backend, on_engine.session.backend.extend
 
     def fail(*_: Any, **__: Any) -> Any:
@@ -407,9 +404,19 @@ def test_an_engine_that_fails_once_takes_only_those_that_ran(
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(backend, "extend", fail)
+
+
+def test_an_engine_that_fails_once_takes_only_those_that_ran(
+    on_engine: Alone, scheduler: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = scheduler()
+    heard, jobs = held(on_engine, running, 4)
+    fail_once(on_engine, monkeypatch)
     heard.gate.set()
     assert running.drain(30)
     assert ["out of memory" in str(job.error) for job in jobs] == [True, True, True, False]
+    assert isinstance(jobs[0].error, EngineError)
+    assert isinstance(jobs[0].error.__cause__, RuntimeError)
     assert jobs[3].answer.generation().token_ids == on_engine.answer([8], wanting(100))
 
 
@@ -418,18 +425,32 @@ def test_what_ended_in_a_step_that_failed_is_told(
 ) -> None:
     running = scheduler(max_queue=2)
     heard, jobs = held(on_engine, running, 4)
-    backend, extend = on_engine.session.backend, on_engine.session.backend.extend
-
-    def fail(*_: Any, **__: Any) -> Any:
-        monkeypatch.setattr(backend, "extend", extend)
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(backend, "extend", fail)
+    fail_once(on_engine, monkeypatch)
     jobs[1].cancel()  # the step that takes them out is the one that fails
     jobs[3].cancel()
     heard.gate.set()
     assert running.drain(10)  # or else their places would be lost for ever
     assert running.load().running == running.load().waiting == 0
+
+
+def test_an_engine_that_cannot_begin_anew_ends_all_and_says_why(
+    on_engine: Alone, scheduler: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = scheduler()
+    heard, jobs = held(on_engine, running, 4)
+
+    def lost(_: int) -> None:
+        raise OSError("device lost")
+
+    fail_once(on_engine, monkeypatch)
+    monkeypatch.setattr(on_engine.session.backend, "start", lost)
+    heard.gate.set()
+    assert running.drain(30)
+    assert not running.alive
+    assert ["device lost" in str(job.error) for job in jobs] == [True] * 4
+    assert all(job.error is not None and isinstance(job.error.__cause__, OSError) for job in jobs)
+    with pytest.raises(ClosedError):
+        running.submit([Job(on_engine.session, [9], wanting(1))])
 
 
 def test_a_listener_that_has_gone_ends_nobody_else(on_engine: Alone, scheduler: Callable[..., Scheduler]) -> None:

@@ -23,7 +23,8 @@ from flabc.export import engine, tensorrt_engine, tensorrt_plan
 from flabc.export.precision import precision_named
 from flabc.export.tensorrt_plan import BuildOptions, BuildPlan
 from flabc.runtime.backend import Limits, open_backend
-from flabc.runtime.backends.tensorrt_engine import ALIGNMENT, TYPES, CudaMemory, TensorRtBackend, _in_float32
+from flabc.runtime.backends.device_memory import CudaMemory
+from flabc.runtime.backends.tensorrt_engine import ALIGNMENT, TYPES, TensorRtBackend, _in_float32
 from flabc.runtime.session import Session
 from flabc.spec import ModelSpec
 

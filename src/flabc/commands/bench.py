@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
@@ -28,6 +29,7 @@ from .parameters import AT_LEAST_ONE, CORPUS, FORCE, Numbers, emit, json_option
     "--rounds", type=AT_LEAST_ONE, default=5, show_default=True, help="Rounds of dense, pruned, pruned, dense."
 )
 @click.option("--threads", type=AT_LEAST_ONE, help="Threads for the computation.")
+@click.option("--provider", default="auto", show_default=True, help="Where to run: cpu, cuda or tensorrt.")
 @CORPUS
 @FORCE
 @json_option
@@ -37,12 +39,10 @@ def bench(
     output: str | None,
     prompt_tokens: Sequence[int],
     batch: Sequence[int],
-    output_tokens: int,
-    rounds: int,
-    threads: int | None,
     corpus: str,
     force: bool,
     as_json: bool,
+    **work: Any,
 ) -> None:
     """Measure ENGINE beside a baseline and write a report.
 
@@ -56,11 +56,7 @@ def bench(
     from flabc.project import settle
     from flabc.runtime.measure.result import Workload
 
-    first, *sweep = (
-        Workload(prompt_tokens=length, batch=size, output_tokens=output_tokens, rounds=rounds, threads=threads)
-        for length in prompt_tokens
-        for size in batch
-    )
+    first, *sweep = (Workload(prompt_tokens=length, batch=size, **work) for length in prompt_tokens for size in batch)
     done = api.bench(
         settle(engine, "engine", "ENGINE"),
         settle(baseline, "baseline", "--baseline"),
