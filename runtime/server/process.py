@@ -63,7 +63,14 @@ def serve(app: FastAPI, listening: socket.socket, *, drain_s: float, started: Ca
     _log_json()
     scheduler: Scheduler = app.state.served.scheduler
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=CLOSING_S, server_header=False
+        app,
+        loop="asyncio",  # this and the parser whatever else is installed: what was tested is what runs
+        http="h11",
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=CLOSING_S,
+        server_header=False,
     )
     try:
         _Server(config, scheduler, drain_s, started).run(sockets=[listening])

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from flabc.errors import UsageError, require
 
 from .parameters import AT_LEAST_ONE, Size, json_option
+
+if TYPE_CHECKING:
+    from flabc.runtime.backend import Limits
+    from flabc.runtime.scheduler import Policy
+    from flabc.runtime.server.app import Access
 
 SECONDS = click.FloatRange(0, min_open=True)
 
@@ -49,6 +56,14 @@ SECONDS = click.FloatRange(0, min_open=True)
     help="Memory for what prompts have in common; 0 for none.",
 )
 @click.option("--threads", type=AT_LEAST_ONE, help="Threads for the computation.")
+@click.option("--ray", is_flag=True, help="Serve by several replicas, over Ray Serve.")
+@click.option("--replicas", type=AT_LEAST_ONE, default=2, show_default=True, help="With --ray: how many.")
+@click.option(
+    "--ray-address",
+    default="local",
+    show_default=True,
+    help="With --ray: a cluster's address, or auto; local starts a Ray of its own.",
+)
 @json_option
 def serve(
     engine: str | None,
@@ -65,6 +80,9 @@ def serve(
     prefill_tokens: int,
     prefix_cache: int,
     threads: int | None,
+    ray: bool,
+    replicas: int,
+    ray_address: str,
     as_json: bool,
 ) -> None:
     """Serve ENGINE over an API that OpenAI's clients speak.
@@ -74,28 +92,54 @@ def serve(
     \b
     flabc serve engine
     flabc serve engine --host 0.0.0.0 --api-key-file keys.txt --max-batch 32
+    flabc serve engine --ray --replicas 2
     """
     for module in ("fastapi", "uvicorn", "prometheus_client"):
         require(module, "serve")
     from flabc.project import settle
     from flabc.runtime.backend import Limits
     from flabc.runtime.scheduler import Policy
-    from flabc.runtime.server.app import Access, build
-    from flabc.runtime.server.process import listen
-    from flabc.runtime.server.process import serve as run
+    from flabc.runtime.server.app import Access
+
+    folder = Path(settle(engine, "engine", "ENGINE"))
+    known = name or folder.resolve().name
+    limits = Limits(max_batch, max_length, threads=threads)
+    policy = Policy(max_queue, prefill_tokens, prefix_cache, timeout)
+    access = Access(_keys(api_key_file) if api_key_file else [], max_body)
+
+    def started(port: int) -> None:
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        click.echo(json.dumps({"url": url, "model": known}) if as_json else f"serving {known} at {url}/v1")
+
+    if ray:
+        from flabc.runtime.server import replicas as several
+
+        where = several.Replicas(replicas, ray_address)
+        about: dict[str, Any] = {"host": host, "port": port, "drain_s": drain_timeout, "started": started}
+        several.serve(folder, known, limits, policy, access, where, **about)
+        return
+    _alone(folder, known, limits, policy, access, host, port, drain_timeout, started)
+
+
+def _alone(
+    folder: Path,
+    name: str,
+    limits: Limits,
+    policy: Policy,
+    access: Access,
+    host: str,
+    port: int,
+    drain_s: float,
+    started: Callable[[int], None],
+) -> None:
+    """Serve from this process."""
+    from flabc.runtime.server.app import build
+    from flabc.runtime.server.process import listen, serve
     from flabc.runtime.session import Session
 
-    keys = _keys(api_key_file) if api_key_file else []
-    folder = Path(settle(engine, "engine", "ENGINE"))
-    listening = listen(host, port, timeout)
-    session = Session.open(folder, limits=Limits(max_batch, max_length, threads=threads))
-    policy = Policy(max_queue, prefill_tokens, prefix_cache, timeout)
-    known = name or folder.resolve().name
-    app = build(session, known, policy, Access(keys, max_body))
-    place = f"[{host}]" if ":" in host else host
-    url = f"http://{place}:{listening.getsockname()[1]}"
-    told = json.dumps({"url": url, "model": known}) if as_json else f"serving {known} at {url}/v1"
-    run(app, listening, drain_s=drain_timeout, started=lambda: click.echo(told))
+    listening = listen(host, port, policy.timeout_s)
+    app = build(Session.open(folder, limits=limits), name, policy, access)
+    serve(app, listening, drain_s=drain_s, started=lambda: started(listening.getsockname()[1]))
 
 
 def _keys(file: Path) -> list[str]:
