@@ -17,7 +17,7 @@ from torch import Tensor
 from flabc.errors import EngineError, UnknownNameError
 from flabc.spec import LayerSpec, ModelSpec
 
-#: The families whose layer the decoder computes: RMSNorm, gated FFN, rotary positions, attention to all that came before.
+#: The families whose layer the decoder computes: RMSNorm, a gated FFN, rotary positions, attention without a window.
 FAMILIES = ("llama", "qwen2", "qwen3")
 
 #: Numbers that random weights repeat: drawing billions would take longer than measuring.

@@ -50,7 +50,7 @@ class Captured:
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary positions: the turn per place of each pair of numbers, (d / 2,), and what cosine and sine are scaled by."""
+    """Rotary positions: each pair of numbers' turn per place, (d / 2,), and what cosine and sine are scaled by."""
 
     frequencies: Tensor
     scaling: float = 1.0
@@ -118,7 +118,7 @@ class StaticDecoder:
         return sum(part.numel() * part.element_size() for part in (*self.keys, *self.values))
 
     def bytes_per_step(self, rows: int, length: int) -> int:
-        """Bytes that a step of so many rows reads when each holds ``length`` tokens: weights once, and keys and values."""
+        """Bytes that a step of rows which hold ``length`` tokens each reads: weights once, and keys and values."""
         values = sum(2 * layer.shape.num_key_value_heads for layer in self.weights.layers) * self.spec.head_dim
         return bytes_read(self.weights) + rows * length * values * self.weights.head.element_size()
 
@@ -155,7 +155,7 @@ class StaticDecoder:
 
     @torch.inference_mode()
     def next(self, rows: int, longest: int) -> Tensor:
-        """Write the token that ``begin`` gave or the last ``next`` found, and find the likeliest after it, on the device.
+        """Write the token that ``begin`` gave or the last ``next`` found, and find the likeliest after it.
 
         Args:
             rows: B, of ``begin``.

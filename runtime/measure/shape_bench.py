@@ -1,0 +1,138 @@
+"""What a cut would buy on this machine before anything is pruned: a shape and its cut, with random weights. Imports torch.
+
+A GPU is taken where torch sees one, and computes in bfloat16; a processor computes in float32. The result says which.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flabc.console import progress
+from flabc.runtime.backends.decoder_weights import random_source
+from flabc.spec import ModelSpec
+
+from .decoding import SHARE, Model, layers_that_fit, load_model, measure_sides
+from .device import device_environment, free_bytes, measure_device
+from .result import Workload
+from .shape_result import DeviceRoofline, ShapeResult
+from .shapes import cut_named, cut_shape, shape_named
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where shapes are measured, and what it can do."""
+
+    device: torch.device
+    dtype: torch.dtype
+    graphs: bool
+    roofline: DeviceRoofline
+    environment: dict[str, Any]
+
+
+@dataclass(eq=False)
+class Pair:
+    """A shape and its cut, both on one device; the names are those that results carry."""
+
+    shape: str
+    cut: str
+    dense: Model
+    pruned: Model
+
+
+def find_machine(dtype: torch.dtype | None = None, *, graphs: bool = True) -> Machine:
+    """The GPU if torch sees one, else the processor, measured.
+
+    Args:
+        dtype: what to compute in; by default bfloat16 on a GPU, else float32.
+        graphs: whether a GPU runs CUDA graphs; a processor has none.
+    """
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return Machine(
+        device=device,
+        dtype=dtype,
+        graphs=graphs and device.type == "cuda",
+        roofline=measure_device(device, dtype),
+        environment=device_environment(device),
+    )
+
+
+def make_pair(machine: Machine, shape: str, cut: str, *, layers: int | None = None, cache_share: float = 0.2) -> Pair:
+    """Both shapes with random weights, whole or as many layers as fit.
+
+    Args:
+        machine: where.
+        shape: a name of ``SHAPES``.
+        cut: a name of ``CUTS``, or a share of the parameters.
+        layers: of the dense model, at most; by default as many as fit.
+        cache_share: of the memory that both may take, what is left for their caches.
+
+    Raises:
+        UnknownNameError: if shape or cut has no such name.
+        UsageError: if the shape cannot be cut so.
+        EngineError: if not even a layer of each fits.
+    """
+    dense = shape_named(shape)
+    return place_pair(machine, shape, cut, dense, cut_shape(dense, cut_named(cut)), layers, cache_share)
+
+
+def place_pair(
+    machine: Machine,
+    shape: str,
+    cut: str,
+    dense: ModelSpec,
+    pruned: ModelSpec,
+    layers: int | None = None,
+    cache_share: float = 0.2,
+) -> Pair:
+    """As ``make_pair``, for shapes that are at hand."""
+    room = SHARE * (1 - cache_share) * free_bytes(machine.device)
+    most = layers_that_fit(dense, pruned, room, machine.dtype.itemsize)
+    if layers is not None and layers < most[0]:
+        most = layers, max(round(layers * len(pruned.layers) / len(dense.layers)), 1)
+    source = random_source(machine.dtype, machine.device)
+    sides = [load_model(spec, count, source) for spec, count in zip((dense, pruned), most, strict=True)]
+    return Pair(shape, cut, *sides)
+
+
+def measure_pair(machine: Machine, pair: Pair, workload: Workload, *, energy: bool = True) -> ShapeResult:
+    """Measure a pair in turns.
+
+    Raises:
+        EngineError: if the workload does not fit into memory.
+    """
+    name = f"measuring {pair.shape} and {pair.cut}, prompt {workload.prompt_tokens}, batch {workload.batch}"
+    with progress(name, 4 * workload.rounds) as advance:
+        dense, pruned = measure_sides(
+            pair.dense, pair.pruned, workload, graphs=machine.graphs, energy=energy, advance=advance
+        )
+    return ShapeResult(
+        shape=pair.shape,
+        cut=pair.cut,
+        device=str(machine.device),
+        dtype=machine.roofline.dtype,
+        graphs=machine.graphs,
+        workload=workload,
+        environment=machine.environment,
+        roofline=machine.roofline,
+        dense=dense,
+        pruned=pruned,
+    )
+
+
+def bench_shape(shape: str, cut: str, workload: Workload) -> ShapeResult:
+    """A shape against its cut on this machine.
+
+    Raises:
+        UnknownNameError: if shape or cut has no such name.
+        UsageError: if the shape cannot be cut so.
+        EngineError: if it does not fit into memory.
+    """
+    cut_shape(shape_named(shape), cut_named(cut))  # names that are wrong are told before anything is measured
+    if workload.threads is not None:
+        torch.set_num_threads(workload.threads)
+    machine = find_machine()
+    return measure_pair(machine, make_pair(machine, shape, cut), workload)
