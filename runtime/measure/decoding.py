@@ -61,10 +61,10 @@ class Model:
         )
 
 
-def load_model(spec: ModelSpec, layers: int, source: Source) -> Model:
+def load_model(spec: ModelSpec, layers: int, source: Source, rotary: Rotary | None = None) -> Model:
     """Put as many of a shape's layers as are asked for on the device of a source of random weights."""
     part = spec if layers >= len(spec.layers) else sliced(spec, layers)
-    return Model(spec, part, gathered(part, source))
+    return Model(spec, part, gathered(part, source), rotary=rotary)
 
 
 def layers_that_fit(dense: ModelSpec, pruned: ModelSpec, room: float, bytes_per_value: int) -> tuple[int, int]:

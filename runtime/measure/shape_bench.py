@@ -1,17 +1,21 @@
-"""What a cut would buy on this machine before anything is pruned: a shape and its cut, with random weights. Imports torch.
+"""What a cut would buy on this machine before anything is pruned: a shape and its cut, random weights. Imports torch.
 
 A GPU is taken where torch sees one, and computes in bfloat16; a processor computes in float32. The result says which.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from flabc.console import progress
-from flabc.runtime.backends.decoder_weights import random_source
+from flabc.errors import ModelError
+from flabc.runtime.backends.decoder_weights import gathered, random_source, stored_source
+from flabc.runtime.backends.static_torch import rotary_of
 from flabc.spec import ModelSpec
 
 from .decoding import SHARE, Model, layers_that_fit, load_model, measure_sides
@@ -76,26 +80,48 @@ def make_pair(machine: Machine, shape: str, cut: str, *, layers: int | None = No
         EngineError: if not even a layer of each fits.
     """
     dense = shape_named(shape)
-    return place_pair(machine, shape, cut, dense, cut_shape(dense, cut_named(cut)), layers, cache_share)
-
-
-def place_pair(
-    machine: Machine,
-    shape: str,
-    cut: str,
-    dense: ModelSpec,
-    pruned: ModelSpec,
-    layers: int | None = None,
-    cache_share: float = 0.2,
-) -> Pair:
-    """As ``make_pair``, for shapes that are at hand."""
+    pruned = cut_shape(dense, cut_named(cut))
     room = SHARE * (1 - cache_share) * free_bytes(machine.device)
     most = layers_that_fit(dense, pruned, room, machine.dtype.itemsize)
     if layers is not None and layers < most[0]:
         most = layers, max(round(layers * len(pruned.layers) / len(dense.layers)), 1)
     source = random_source(machine.dtype, machine.device)
-    sides = [load_model(spec, count, source) for spec, count in zip((dense, pruned), most, strict=True)]
-    return Pair(shape, cut, *sides)
+    return Pair(
+        shape, cut, *(load_model(spec, count, source) for spec, count in zip((dense, pruned), most, strict=True))
+    )
+
+
+def stored_pair(machine: Machine, folder: Path, cut: str, pruned: Path | None = None) -> Pair:
+    """A real model, and a real pruned one, or what a cut would leave of the model with random weights.
+
+    Args:
+        machine: where.
+        folder: a Hugging Face folder.
+        cut: a name of ``CUTS`` or a share, if there is no pruned one; else how results call it.
+        pruned: another.
+
+    Raises:
+        FlabcError: as ``make_pair``; or if a folder cannot be read.
+    """
+    dense = _stored_model(machine, folder)
+    if pruned is not None:
+        return Pair(folder.name, cut, dense, _stored_model(machine, pruned))
+    shape = cut_shape(dense.spec, cut_named(cut))
+    return Pair(
+        folder.name,
+        cut,
+        dense,
+        load_model(shape, len(shape.layers), random_source(machine.dtype, machine.device), dense.rotary),
+    )
+
+
+def _stored_model(machine: Machine, folder: Path) -> Model:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ModelError(f"{folder} is no model.", expected="a Hugging Face folder with config.json")
+    spec = ModelSpec.from_config(json.loads(config.read_text(encoding="utf-8")))
+    weights = gathered(spec, stored_source(folder, machine.dtype, machine.device))
+    return Model(spec, spec, weights, origin=folder.name, rotary=rotary_of(folder, spec))
 
 
 def measure_pair(machine: Machine, pair: Pair, workload: Workload, *, energy: bool = True) -> ShapeResult:
