@@ -1,4 +1,4 @@
-"""Whether the decoder says on this device what transformers says: before anything is timed. Needs torch, transformers."""
+"""Whether the decoder says on this device what transformers says, before anything is timed. Needs transformers."""
 
 from __future__ import annotations
 
@@ -33,8 +33,12 @@ TOLERANCE = 1e-3
 
 
 @torch.inference_mode()
-def check_decoder(device: torch.device, *, graphs: bool) -> dict[str, Any]:
+def check_decoder(device: torch.device, **how: Any) -> dict[str, Any]:
     """Greedy tokens and first logits of a random Llama in float32, in transformers and here.
+
+    Args:
+        device: where.
+        how: ``graphs``, and what else the decoder is told.
 
     Returns:
         how many tokens agree, and how far the logits lie apart.
@@ -47,9 +51,8 @@ def check_decoder(device: torch.device, *, graphs: bool) -> dict[str, Any]:
     torch.manual_seed(11)
     theirs: Any = LlamaForCausalLM(LlamaConfig(**CONFIG)).eval().to(device)
     state, spec = theirs.state_dict(), ModelSpec.from_config(theirs.config.to_dict())
-    decoder = StaticDecoder(
-        spec, gathered(spec, lambda name, shape: state[name].clone()), 2, 2 * REACH, graphs=graphs, graph_prompts=graphs
-    )
+    weights = gathered(spec, lambda name, shape: state[name].clone())
+    decoder = StaticDecoder(spec, weights, 2, 2 * REACH, graph_prompts=how["graphs"], **how)
     ids = torch.randint(0, spec.vocab_size, (2, PROMPT), generator=torch.Generator().manual_seed(1)).to(device)
     said = theirs(ids).logits[:, -1]
     found = decoder.prompt(ids, torch.full((2,), PROMPT - 1, device=device)).clone()
@@ -65,7 +68,7 @@ def check_decoder(device: torch.device, *, graphs: bool) -> dict[str, Any]:
             expected=f"{STEPS} equal tokens and logits within {TOLERANCE}",
             found=f"{agree} equal tokens, logits {apart:.2g} apart",
         )
-    return {"tokens": agree, "logits_apart": apart, "graphs": graphs}
+    return {"tokens": agree, "logits_apart": apart, **how}
 
 
 def _tokens(decoder: StaticDecoder, logits: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from pydantic import ValidationError
 
 from flabc.console import note
 from flabc.errors import EngineError, FlabcError, UsageError
+from flabc.runtime.measure.decoding import How
 from flabc.runtime.measure.result import Record
 from flabc.runtime.measure.shape_bench import Machine, Pair, find_machine, make_pair, measure_pair, stored_pair
 from flabc.runtime.measure.shape_result import SCHEMA_VERSION, DeviceRoofline, ShapeFigures, ShapeResult
@@ -74,7 +74,7 @@ class Suite:
         began = time.monotonic()
         cells = self._cells()
         machine = self._machine()
-        check = check_decoder(machine.device, graphs=machine.graphs)
+        check = check_decoder(machine.device, graphs=machine.how.graphs, fused=machine.how.fused)
         now = datetime.now(UTC).replace(microsecond=0)
         state = SuiteState(
             created=now,
@@ -85,6 +85,8 @@ class Suite:
             cells=tuple(CellState(name=cell.name) for cell in cells),
         )
         self._same_machine(machine)
+        if machine.not_fused:
+            note(f"small kernels are not fused: {machine.not_fused}")
         self._budget.spend(time.monotonic() - began)
         for at, cell in enumerate(cells):
             done = self._cell(machine, cell)
@@ -102,7 +104,11 @@ class Suite:
                 "torch sees no CUDA device.", fix="Install a torch with CUDA; or --cpu, to see that the suite works."
             )
         name = self._asked["dtype"]
-        return find_machine(getattr(torch, name) if name else None, graphs=not self._asked["no_graphs"])
+        return find_machine(
+            getattr(torch, name) if name else None,
+            graphs=not self._asked["no_graphs"],
+            fused=not self._asked["no_fusing"],
+        )
 
     def _cells(self) -> list[Cell]:
         batches, prompts = self._asked["batch"] or [1, 8, 64], self._asked["prompt_tokens"] or [128]
@@ -119,7 +125,7 @@ class Suite:
         return cells
 
     def _cell(self, machine: Machine, cell: Cell) -> CellState:
-        kept = self._kept(cell)
+        kept = self._kept(machine, cell)
         if kept is not None:
             return CellState(name=cell.name, status="measured", figures=kept.figures())
         began = time.monotonic()
@@ -170,7 +176,7 @@ class Suite:
             return stored_pair(machine, self._asked["model"], cell.cut, self._asked["pruned"])
         return make_pair(machine, cell.shape, cell.cut, layers=self._asked["layers"], cache_share=0.3)
 
-    def _kept(self, cell: Cell) -> ShapeResult | None:
+    def _kept(self, machine: Machine, cell: Cell) -> ShapeResult | None:
         """What an earlier run measured in the same way."""
         file = self._folder / CELLS / f"{cell.name}.json"
         if not file.is_file():
@@ -181,9 +187,8 @@ class Suite:
             note(f"{file} is of another version, or damaged: measured again")
             return None
         workload = cell.workload(self._asked["output_tokens"], self._asked["rounds"])
-        graphs = result.device != "cpu" and not self._asked["no_graphs"]
-        same = result.workload == workload and result.graphs == graphs
-        return result if same and self._asked["dtype"] in (None, result.dtype) else None
+        same = result.workload == workload and How(result.graphs, result.fused) == machine.how
+        return result if same and result.dtype == machine.roofline.dtype else None
 
     def _same_machine(self, machine: Machine) -> None:
         for result in results(self._folder):
@@ -202,7 +207,7 @@ class Suite:
         file.parent.mkdir(parents=True, exist_ok=True)
         draft = file.with_name(f".{file.name}.part")
         draft.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        os.replace(draft, file)
+        draft.replace(file)
 
     def _draw(self) -> str:
         """Where the drawings are, or why there are none."""
@@ -237,4 +242,5 @@ def _told(cell: CellState) -> str:
     found = cell.figures
     label = " (extrapolated)" if found.extrapolated else ""
     dense, pruned = found.tpot_ms
-    return f", {dense:.2f} → {pruned:.2f} ms a token{label}: {found.tpot_speedup:.2f}x, {found.conversion:.0%} of the bytes"
+    gained = f"{found.tpot_speedup:.2f}x, {found.conversion:.0%} of what the bytes allow"
+    return f", {dense:.2f} → {pruned:.2f} ms a token{label}: {gained}"

@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--cut", default="flab-22", help="for --model (flab-22)")
     add("--engine", type=Path, nargs=2, metavar=("DENSE", "PRUNED"), help="two engine folders, measured as well")
     add("--no-graphs", action="store_true", help="without CUDA graphs, to see what they give")
+    add("--no-fusing", action="store_true", help="without torch.compile for small kernels")
     add("--no-energy", action="store_true", help="do not read the energy counter")
     add("--cpu", action="store_true", help="run where there is no GPU, to see that it works")
     return parser

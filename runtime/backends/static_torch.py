@@ -130,7 +130,7 @@ def rotary_of(folder: Path, spec: ModelSpec) -> Any:
         raise EngineError(
             "These positions depend on the length of the text.", expected=" or ".join(SCALED), found=spec.rope_type
         )
-    from .static_decoder import Rotary
+    from .decoder_parts import Rotary
 
     transformers: Any = require("transformers", "compress")
     rope: Any = require("transformers.modeling_rope_utils", "compress")

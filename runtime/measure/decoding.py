@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from flabc.errors import EngineError
+from flabc.runtime.backends.decoder_parts import Rotary
 from flabc.runtime.backends.decoder_weights import DecoderWeights, Source, bytes_read, gathered
-from flabc.runtime.backends.static_decoder import Rotary, StaticDecoder
+from flabc.runtime.backends.static_decoder import StaticDecoder
 from flabc.spec import ModelSpec
 
 from .bench import MAX_WARMUPS, STEADY
@@ -113,16 +114,31 @@ def check_room(dense: Model, pruned: Model, workload: Workload) -> None:
         )
 
 
+@dataclass(frozen=True)
+class How:
+    """Whether steps are CUDA graphs, and whether what is computed number by number is compiled."""
+
+    graphs: bool
+    fused: bool
+
+
 class Run:
     """A model with the cache for a workload, ready to be timed."""
 
-    def __init__(self, model: Model, workload: Workload, *, graphs: bool, outside: bool = False) -> None:
+    def __init__(self, model: Model, workload: Workload, how: How, *, outside: bool = False) -> None:
         weights = replace(model.weights, layers=()) if outside else model.weights
         self.device, self.workload = weights.head.device, workload
         self._before = self._allocated()
         places = workload.prompt_tokens + workload.output_tokens
         self.decoder = StaticDecoder(
-            model.part, weights, workload.batch, places, graphs=graphs, graph_prompts=graphs, rotary=model.rotary
+            model.part,
+            weights,
+            workload.batch,
+            places,
+            graphs=how.graphs,
+            graph_prompts=how.graphs,
+            fused=how.fused,
+            rotary=model.rotary,
         )
         draw = torch.Generator().manual_seed(0)
         shape = (workload.batch, workload.prompt_tokens)
@@ -190,7 +206,7 @@ class Run:
 
 @torch.inference_mode()
 def measure_sides(
-    dense: Model, pruned: Model, workload: Workload, *, graphs: bool, energy: bool, advance: Callable[[int], None]
+    dense: Model, pruned: Model, workload: Workload, how: How, *, energy: bool, advance: Callable[[int], None]
 ) -> tuple[ShapeSide, ShapeSide]:
     """Measure both in rounds of dense, pruned, pruned, dense.
 
@@ -198,7 +214,7 @@ def measure_sides(
         dense: what is compared with.
         pruned: the shape in question, on the same device.
         workload: what each run does.
-        graphs: whether steps are CUDA graphs.
+        how: the decoder computes.
         energy: whether the machine's counter is read, which takes four seconds a side.
         advance: is told after each run.
 
@@ -209,11 +225,9 @@ def measure_sides(
     models = (dense, pruned)
     runs, peaks = [], []
     for model in models:
-        runs.append(Run(model, workload, graphs=graphs))
+        runs.append(Run(model, workload, how))
         peaks.append(runs[-1].warm_up())
-    bare = [
-        Run(model, workload, graphs=graphs, outside=True) if model.extent.extrapolated else None for model in models
-    ]
+    bare = [Run(model, workload, how, outside=True) if model.extent.extrapolated else None for model in models]
     for each in bare:
         if each is not None:
             each.warm_up()
@@ -238,6 +252,7 @@ def measure_sides(
             prompt_flops=prompt_flops(model.spec, workload),
             peak_mib=peaks[at],
             energy=runs[at].energy() if energy else unread,
+            attentions=runs[at].decoder.attentions,
         )
         for at, model in enumerate(models)
     ]

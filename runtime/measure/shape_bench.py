@@ -14,11 +14,12 @@ import torch
 
 from flabc.console import progress
 from flabc.errors import ModelError
+from flabc.runtime.backends.decoder_parts import fault_of_fusing
 from flabc.runtime.backends.decoder_weights import gathered, random_source, stored_source
 from flabc.runtime.backends.static_torch import rotary_of
 from flabc.spec import ModelSpec
 
-from .decoding import SHARE, Model, layers_that_fit, load_model, measure_sides
+from .decoding import SHARE, How, Model, layers_that_fit, load_model, measure_sides
 from .device import device_environment, free_bytes, measure_device
 from .result import Workload
 from .shape_result import DeviceRoofline, ShapeResult
@@ -27,11 +28,12 @@ from .shapes import cut_named, cut_shape, shape_named
 
 @dataclass(frozen=True)
 class Machine:
-    """Where shapes are measured, and what it can do."""
+    """Where shapes are measured, how, and what it can do; ``not_fused`` says why nothing is compiled."""
 
     device: torch.device
     dtype: torch.dtype
-    graphs: bool
+    how: How
+    not_fused: str | None
     roofline: DeviceRoofline
     environment: dict[str, Any]
 
@@ -46,19 +48,23 @@ class Pair:
     pruned: Model
 
 
-def find_machine(dtype: torch.dtype | None = None, *, graphs: bool = True) -> Machine:
+def find_machine(dtype: torch.dtype | None = None, *, graphs: bool = True, fused: bool = True) -> Machine:
     """The GPU if torch sees one, else the processor, measured.
 
     Args:
         dtype: what to compute in; by default bfloat16 on a GPU, else float32.
         graphs: whether a GPU runs CUDA graphs; a processor has none.
+        fused: whether small kernels are compiled into few on a GPU, where that works.
     """
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    gpu = device.type == "cuda"
+    not_fused = (fault_of_fusing(device) if gpu else "a processor starts kernels at once") if fused else "not asked for"
     return Machine(
         device=device,
         dtype=dtype,
-        graphs=graphs and device.type == "cuda",
+        how=How(graphs=graphs and gpu, fused=not_fused is None),
+        not_fused=not_fused,
         roofline=measure_device(device, dtype),
         environment=device_environment(device),
     )
@@ -132,15 +138,15 @@ def measure_pair(machine: Machine, pair: Pair, workload: Workload, *, energy: bo
     """
     name = f"measuring {pair.shape} and {pair.cut}, prompt {workload.prompt_tokens}, batch {workload.batch}"
     with progress(name, 4 * workload.rounds) as advance:
-        dense, pruned = measure_sides(
-            pair.dense, pair.pruned, workload, graphs=machine.graphs, energy=energy, advance=advance
-        )
+        dense, pruned = measure_sides(pair.dense, pair.pruned, workload, machine.how, energy=energy, advance=advance)
     return ShapeResult(
         shape=pair.shape,
         cut=pair.cut,
         device=str(machine.device),
         dtype=machine.roofline.dtype,
-        graphs=machine.graphs,
+        graphs=machine.how.graphs,
+        fused=machine.how.fused,
+        not_fused=machine.not_fused,
         workload=workload,
         environment=machine.environment,
         roofline=machine.roofline,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
 from flabc.spec import ModelSpec
 
@@ -58,6 +59,7 @@ class ShapeSide(Record):
         peak_mib: most device memory that what was measured held, weights, cache and graphs together; None on a
             processor.
         energy: of what was measured, so of the slice where it is one.
+        attentions: which way of attending to the cache was the fastest for each graph, by rows and reach.
     """
 
     spec: ModelSpec
@@ -69,6 +71,7 @@ class ShapeSide(Record):
     prompt_flops: int
     peak_mib: float | None = None
     energy: Energy
+    attentions: dict[str, str] = Field(default_factory=dict)
 
     @property
     def ttft_ms(self) -> float:
@@ -115,7 +118,11 @@ class ShapeFigures(Record):
 
 
 class ShapeResult(Record):
-    """Two shapes measured in turns, at one length of prompts and one batch."""
+    """Two shapes measured in turns, at one length of prompts and one batch.
+
+    ``graphs`` says whether steps were CUDA graphs; ``fused`` whether small kernels were compiled into few, and
+    ``not_fused`` why not.
+    """
 
     schema_version: int = SCHEMA_VERSION
     shape: str
@@ -123,6 +130,8 @@ class ShapeResult(Record):
     device: str
     dtype: str
     graphs: bool
+    fused: bool
+    not_fused: str | None = None
     workload: Workload
     environment: dict[str, Any]
     roofline: DeviceRoofline

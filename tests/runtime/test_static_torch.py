@@ -123,6 +123,14 @@ def test_layers_that_differ_say_what_their_module_says_in_transformers(
     check(tmp_path / "uneven")
 
 
+def test_every_way_of_attending_says_the_same() -> None:
+    device = torch.device("cpu")
+    wanted = tokens_of(random_decoder(device, graphs=False, attention="fused"), 60, 12)
+    assert tokens_of(random_decoder(device, graphs=False, attention="products"), 60, 12) == wanted
+    with pytest.raises(UnknownNameError, match="Did you mean 'products'"):
+        random_decoder(device, graphs=False, attention="product")
+
+
 def test_rows_that_leave_and_come_back_say_the_same(tiny: Callable[[str], Path]) -> None:
     folder = tiny("qwen2-tied")
     ids, ones = np.random.default_rng(4).integers(3, 500, (3, 12)), np.array([1, 1])
@@ -153,9 +161,9 @@ def test_what_it_cannot_do_is_refused(tiny: Callable[[str], Path]) -> None:
             random_decoder(torch.device("cpu"), graphs=True)
 
 
-def random_decoder(device: torch.device, *, graphs: bool, dtype: torch.dtype = torch.float32) -> StaticDecoder:
-    weights = gathered(SPEC, random_source(dtype, device))
-    return StaticDecoder(SPEC, weights, 3, 600, graphs=graphs, graph_prompts=graphs)
+def random_decoder(device: torch.device, **how: Any) -> StaticDecoder:
+    weights = gathered(SPEC, random_source(torch.float32, device))
+    return StaticDecoder(SPEC, weights, 3, 600, graph_prompts=how["graphs"], **how)
 
 
 def tokens_of(decoder: StaticDecoder, prompt: int, count: int) -> list[list[int]]:
@@ -173,7 +181,7 @@ def test_the_bytes_of_a_step_are_those_of_the_weights_it_reads_and_its_cache() -
     weights = 4 * (SPEC.num_parameters - SPEC.vocab_size * SPEC.hidden_size)
     assert decoder.bytes_per_step(1, 0) == weights
     assert decoder.bytes_per_step(3, 10) == weights + 3 * 10 * SPEC.kv_bytes_per_token(4)
-    assert decoder.cache_bytes == 3 * 600 * SPEC.kv_bytes_per_token(4)
+    assert decoder.cache_bytes == 3 * 640 * SPEC.kv_bytes_per_token(4)
 
 
 @pytest.mark.cuda
@@ -182,7 +190,7 @@ def test_graphs_say_what_steps_without_them_say() -> None:
     """Over the edge of a reach, so that two graphs take turns; and a second time, over a used cache."""
     device = torch.device("cuda", 0)
     graphed = random_decoder(device, graphs=True)
-    wanted = tokens_of(random_decoder(device, graphs=False), 250, 16)
+    wanted = tokens_of(random_decoder(device, graphs=False, fused=True), 250, 16)
     assert tokens_of(graphed, 250, 16) == wanted
     assert tokens_of(graphed, 250, 16) == wanted
     assert len(graphed._captured) == 3  # the prompt, and two reaches
