@@ -51,7 +51,8 @@ def cached_attention(attend: Attend, q: Tensor, keys: Tensor, values: Tensor, ma
     groups = keys.shape[1]
     folded = q.reshape(rows, groups, heads // groups * new, width)
     seen = mask.repeat(1, 1, heads // groups, 1) if new > 1 else mask
-    return attend(folded, keys, values, seen).reshape(rows, heads, new, width)
+    mixed: Tensor = attend(folded, keys, values, seen).reshape(rows, heads, new, width)
+    return mixed
 
 
 def fused_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:

@@ -294,7 +294,8 @@ class StaticDecoder:
             qk = torch.cat(
                 [self._normed(qk[:, :heads], layer.q_norm), self._normed(qk[:, heads:], _there(layer.k_norm))], 1
             )
-        q, k = self._parts.turned(qk, *turn).split((heads, groups), 1)
+        qk = self._parts.turned(qk, *turn)
+        q, k = qk[:, :heads], qk[:, heads:]
         q, k, v = (part.unflatten(0, x.shape[:2]).transpose(1, 2) for part in (q, k, v))
         return q, k, v
 

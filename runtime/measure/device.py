@@ -144,13 +144,14 @@ def device_environment(device: torch.device) -> dict[str, Any]:
         return found | {"threads": torch.get_num_threads()}
     about = torch.cuda.get_device_properties(device)
     version: Any = torch.version
+    cudnn: Any = torch.backends.cudnn
     return found | {
         "gpu": about.name,
         "gpu_memory_gib": round(about.total_memory / 2**30, 1),
         "gpu_capability": f"{about.major}.{about.minor}",
         "gpu_multiprocessors": about.multi_processor_count,
         "cuda": version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
+        "cudnn": cudnn.version(),
         "nvidia_smi": _nvidia_smi(),
     }
 

@@ -6,6 +6,7 @@ A GPU is taken where torch sees one, and computes in bfloat16; a processor compu
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,15 +131,28 @@ def _stored_model(machine: Machine, folder: Path) -> Model:
     return Model(spec, spec, weights, origin=folder.name, rotary=rotary_of(folder, spec))
 
 
-def measure_pair(machine: Machine, pair: Pair, workload: Workload, *, energy: bool = True) -> ShapeResult:
+def measure_pair(
+    machine: Machine,
+    pair: Pair,
+    workload: Workload,
+    *,
+    energy: bool = True,
+    advance: Callable[[int], None] | None = None,
+) -> ShapeResult:
     """Measure a pair in turns.
+
+    Args:
+        machine: where.
+        pair: what.
+        workload: what each run does.
+        energy: whether the machine's counter is read.
+        advance: is told after each of the four runs of a round.
 
     Raises:
         EngineError: if the workload does not fit into memory.
     """
-    name = f"measuring {pair.shape} and {pair.cut}, prompt {workload.prompt_tokens}, batch {workload.batch}"
-    with progress(name, 4 * workload.rounds) as advance:
-        dense, pruned = measure_sides(pair.dense, pair.pruned, workload, machine.how, energy=energy, advance=advance)
+    told = advance or (lambda _: None)
+    dense, pruned = measure_sides(pair.dense, pair.pruned, workload, machine.how, energy=energy, advance=told)
     return ShapeResult(
         shape=pair.shape,
         cut=pair.cut,
@@ -167,4 +181,6 @@ def bench_shape(shape: str, cut: str, workload: Workload) -> ShapeResult:
     if workload.threads is not None:
         torch.set_num_threads(workload.threads)
     machine = find_machine()
-    return measure_pair(machine, make_pair(machine, shape, cut), workload)
+    pair = make_pair(machine, shape, cut)
+    with progress(f"measuring {shape} and {cut}", 4 * workload.rounds) as advance:
+        return measure_pair(machine, pair, workload, advance=advance)

@@ -25,6 +25,7 @@ from flabc.errors import NOT_BUILT, FlabcError, UsageError
 if TYPE_CHECKING:
     from flabc.api import Compressed, Diff, Inspection
     from flabc.exports import Candidate
+    from flabc.runtime.measure.shape_result import ShapeResult
 
 #: Commands whose names are settled and whose work is not in this version.
 PLANNED = {
@@ -391,6 +392,8 @@ def evaluate(
     "--rounds", type=AT_LEAST_ONE, default=5, show_default=True, help="Rounds of dense, pruned, pruned, dense."
 )
 @click.option("--threads", type=AT_LEAST_ONE, help="Threads for the computation.")
+@click.option("--shape", help="Instead of ENGINE: random weights of a published model's shape, e.g. llama-2-70b.")
+@click.option("--cut", help="With --shape: the share of parameters that goes, or a cut's name.  [default: 0.22]")
 @CORPUS
 @FORCE
 @json_option
@@ -403,6 +406,8 @@ def bench(
     output_tokens: int,
     rounds: int,
     threads: int | None,
+    shape: str | None,
+    cut: str | None,
     corpus: str,
     force: bool,
     as_json: bool,
@@ -411,9 +416,13 @@ def bench(
 
     Several lengths or batches are a sweep: the first of each is measured in full, then every combination.
 
+    With --shape nothing is pruned or read: what would this cut buy on this machine? Random weights of the shapes
+    are decoded by torch, on a GPU if there is one; too large ones by some of their layers, which the table says.
+
     \b
     flabc bench engine --baseline dense-engine -o report
     flabc bench engine --baseline dense-engine --batch 1,4,16 --prompt-tokens 128,1024 -o sweep
+    flabc bench --shape llama-2-70b --cut 0.3 --rounds 1
     """
     from flabc import api
     from flabc.project import settle
@@ -424,6 +433,13 @@ def bench(
         for length in prompt_tokens
         for size in batch
     )
+    if shape is not None or cut is not None:
+        if shape is None or engine or baseline or sweep:
+            raise UsageError("--shape stands alone: with --cut, one length, one batch, and no ENGINE or --baseline.")
+        measured = api.bench_shape(shape, cut or "0.22", workload=first, output=output, force=force)
+        data = measured.model_dump(mode="json") | {"figures": measured.figures().model_dump(mode="json")}
+        emit(as_json, data, lambda: _show_shape(measured))
+        return
     done = api.bench(
         settle(engine, "engine", "ENGINE"),
         settle(baseline, "baseline", "--baseline"),
@@ -554,6 +570,16 @@ def _show_inspection(found: Inspection) -> None:
     if found.can_tie:
         saved = spec.vocab_size * spec.hidden_size
         click.echo(f"The output matrix repeats the embedding: --tie saves {saved / 1e6:.1f} M parameters.")
+
+
+def _show_shape(measured: ShapeResult) -> None:
+    from rich.console import Console
+
+    from flabc.perf import shape_table
+
+    Console().print(shape_table.as_rich(measured))
+    for line in shape_table.notes(measured):
+        click.echo(line)
 
 
 def _show_diff(changes: Diff) -> None:
