@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from flabc.console import note
-from flabc.errors import EngineError, FlabcError, UsageError
+from flabc.errors import EngineError, FlabcError, MissingExtraError, UsageError
 from flabc.runtime.measure.decoding import How
 from flabc.runtime.measure.result import Record
 from flabc.runtime.measure.shape_bench import Machine, Pair, find_machine, make_pair, measure_pair, stored_pair
@@ -211,11 +210,12 @@ class Suite:
 
     def _draw(self) -> str:
         """Where the drawings are, or why there are none."""
-        if importlib.util.find_spec("matplotlib") is None:
-            return "none: matplotlib is not installed"
         from .gpu_plots import write_drawings
 
-        files = write_drawings(list(results(self._folder)), self._folder)
+        try:
+            files = write_drawings(list(results(self._folder)), self._folder)
+        except MissingExtraError as error:
+            return f"none: {error}"
         return ", ".join(file.name for file in files) or "none: nothing was measured"
 
 
