@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from flabc.console import note
 from flabc.errors import EngineError, FlabcError, MissingExtraError, UsageError
 from flabc.runtime.measure.decoding import How
+from flabc.runtime.measure.device import free_bytes
 from flabc.runtime.measure.result import Record
 from flabc.runtime.measure.shape_bench import Machine, Pair, find_machine, make_pair, measure_pair, stored_pair
 from flabc.runtime.measure.shape_result import SCHEMA_VERSION, DeviceRoofline, ShapeFigures, ShapeResult
@@ -23,7 +24,7 @@ from flabc.spec import ModelSpec
 from .gpu_check import check_decoder
 from .gpu_plan import Budget, Cell, chosen, foretold_s, planned, specs_of
 
-SUITE, CELLS = "suite.json", "cells"
+SUITE, CELLS, ENGINES = "suite.json", "cells", "engines.json"
 
 
 class CellState(Record):
@@ -45,6 +46,7 @@ class SuiteState(Record):
     check: dict[str, Any]
     budget_s: float
     cells: tuple[CellState, ...] = ()
+    engines: str | None = None
     drawings: str | None = None
 
 
@@ -93,6 +95,9 @@ class Suite:
             note(f"{cell.name}: {done.status}{said or _told(done)}")
             state = state.model_copy(update={"cells": (*state.cells[:at], done, *state.cells[at + 1 :])})
             self._write(SUITE, state)
+        if self._asked["engine"] is not None:
+            state = state.model_copy(update={"engines": self._engines(machine)})
+            note(f"engines: {state.engines}")
         state = state.model_copy(update={"drawings": self._draw()})
         self._write(SUITE, state)
         return sum(cell.status == "failed" for cell in state.cells)
@@ -207,6 +212,22 @@ class Suite:
         draft = file.with_name(f".{file.name}.part")
         draft.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
         draft.replace(file)
+
+    def _engines(self, machine: Machine) -> str:
+        """Measure two engine folders; where the figures are, or why there are none."""
+        from .gpu_engines import measure_engines
+
+        self._loaded = None
+        free_bytes(machine.device)
+        prompts = self._asked["prompt_tokens"] or [128]
+        cells = [Cell("", "", batch, prompt) for prompt in prompts for batch in self._asked["batch"] or [1, 8]]
+        workloads = [cell.workload(self._asked["output_tokens"], self._asked["rounds"]) for cell in cells]
+        dense, pruned = self._asked["engine"]
+        try:
+            self._write(ENGINES, measure_engines(dense, pruned, workloads, machine.device.type))
+        except FlabcError as error:  # a library that is not installed, an engine for another target or device
+            return f"none: {error}"
+        return ENGINES
 
     def _draw(self) -> str:
         """Where the drawings are, or why there are none."""

@@ -11,7 +11,8 @@ Published shapes with random weights (speed does not depend on the numbers), den
 large for the GPU is measured in slices of its layers, and its times are calculated and labelled ``extrapolated``.
 First the decoder is compared with transformers on the device. ``OUT/suite.json`` and a file per cell are written after
 every cell; the same command goes on where it was stopped. Cells come by importance, and one that the rest of the budget
-cannot hold is skipped and says why. ``--model`` measures a real model.
+cannot hold is skipped and says why. ``--model`` measures a real model;
+``--engine DENSE PRUNED`` two engine folders beside it, in ONNX Runtime or TensorRT, whichever they are made for.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", type=Path, help="a Hugging Face folder, measured with its own weights")
     add("--pruned", type=Path, help="for --model: the pruned folder; else --cut with random weights")
     add("--cut", default="flab-22", help="for --model (flab-22)")
+    add("--engine", type=Path, nargs=2, metavar=("DENSE", "PRUNED"), help="two engine folders, measured as well")
     add("--no-graphs", action="store_true", help="without CUDA graphs, to see what they give")
     add("--no-fusing", action="store_true", help="without torch.compile for small kernels")
     add("--no-energy", action="store_true", help="do not read the energy counter")

@@ -27,15 +27,13 @@ def lines(result: ShapeResult) -> list[tuple[str, str, str, str]]:
         (name, quantity(before, unit), quantity(after, unit), "" if gained is None else f"{gained:.2f}x")
         for name, unit, before, after, gained in rows
     ]
-    reached = [f"{share:.0%}" for share in found.decode_roofline]
-    table.append(("of the memory's bandwidth", *reached, ""))
-    joules = found.joules_per_token
+    before, after = found.decode_roofline
+    table.append(("of the memory's bandwidth", f"{before:.0%}", f"{after:.0%}", ""))
+    joules, peaks = found.joules_per_token, found.peak_mib
     if joules[0] is not None and joules[1] is not None:
-        table.append(("energy per token", *(quantity(value, "J") for value in (joules[0], joules[1])), ""))
-    if found.peak_mib[0] is not None and found.peak_mib[1] is not None and not found.extrapolated:
-        table.append(
-            ("peak device memory", *(f"{value:,.0f} MiB" for value in found.peak_mib if value is not None), "")
-        )
+        table.append(("energy per token", quantity(joules[0], "J"), quantity(joules[1], "J"), ""))
+    if peaks[0] is not None and peaks[1] is not None and not found.extrapolated:
+        table.append(("peak device memory", f"{peaks[0]:,.0f} MiB", f"{peaks[1]:,.0f} MiB", ""))
     return table
 
 

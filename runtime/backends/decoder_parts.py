@@ -6,9 +6,11 @@ H heads, K key-value heads, G = H / K, d head_dim, F intermediate_size.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,7 +104,12 @@ EAGER = Parts(_normed, _turned, _gated)
 
 @cache
 def compiled_parts() -> Parts:
-    """The same, each compiled when it is first called; shapes are left open, as layers differ."""
+    """The same, each compiled when it is first called; shapes are left open, as layers differ.
+
+    One row and many, each dtype and each epsilon are still compiled for apart: more often than torch allows by default.
+    """
+    settings: Any = importlib.import_module("torch._dynamo.config")
+    settings.recompile_limit = max(settings.recompile_limit, 64)
     return Parts(*(torch.compile(part, dynamic=True, fullgraph=True) for part in vars(EAGER).values()))
 
 

@@ -5,6 +5,7 @@ Roofline: Williams, Waterman, Patterson (2009), as in ``roofline.py``, which mea
 
 from __future__ import annotations
 
+import gc
 import shutil
 import subprocess
 import time
@@ -100,6 +101,7 @@ def free_bytes(device: torch.device) -> int:
     """Memory that is free on a device; on a processor, that of the machine."""
     if device.type != "cuda":
         return int(psutil.virtual_memory().available)
+    gc.collect()  # graphs and caches of what was measured before
     torch.cuda.empty_cache()
     return int(torch.cuda.mem_get_info(device)[0])
 

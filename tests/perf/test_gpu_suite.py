@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from flabc import api
 from flabc.errors import EngineError, ParityError, UsageError
 from flabc.perf import gpu_check, gpu_plots, gpu_suite
+from flabc.perf.gpu_engines import EngineResult
 from flabc.perf.gpu_plan import Budget, foretold_s, planned, specs_of
 from flabc.perf.gpu_run import Suite, SuiteState, results
 from flabc.runtime.measure.result import Workload
@@ -121,6 +123,19 @@ def test_a_real_model_is_measured_with_its_own_weights(tmp_path: Path, tiny: Any
     assert failed == 0
     assert (result.dense.weights, result.pruned.weights) == (dense.name, other.name)
     assert result.pruned.spec.num_parameters > result.dense.spec.num_parameters
+
+
+def test_engines_are_measured_beside_and_a_fault_is_told(tmp_path: Path, tiny: Any) -> None:
+    engine = tmp_path / "engine"
+    api.export(tiny("qwen2-tied"), engine)
+    words = ["--pair", "tiny:flab-22", "--batch", "1,2", "--budget", "0s", "--engine", str(engine)]
+    _, found = suite(tmp_path / "out", *words, str(engine))
+    measured = EngineResult.model_validate_json((tmp_path / "out" / found["engines"]).read_text(encoding="utf-8"))
+    assert measured.backends == ("onnxruntime", "onnxruntime")
+    assert [(cell.batch, len(cell.baseline), len(cell.candidate)) for cell in measured.cells] == [(1, 2, 2), (2, 2, 2)]
+    assert all(len(run.token_ms) == 3 for cell in measured.cells for run in cell.candidate)
+    _, found = suite(tmp_path / "out", *words, str(tmp_path / "none"))
+    assert found["engines"].startswith("none: ")
 
 
 def test_without_a_gpu_nothing_is_measured_unless_that_is_asked_for(tmp_path: Path) -> None:
