@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from flabc.errors import ParityError
+from flabc.errors import ParityError, require
 from flabc.runtime.backends.decoder_weights import gathered
 from flabc.runtime.backends.static_decoder import REACH, StaticDecoder
 from flabc.spec import ModelSpec
 
 #: A model of milliseconds; its prompt ends just before the edge of a reach, so that two graphs take turns.
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 64,
     "intermediate_size": 160,
@@ -44,12 +44,12 @@ def check_decoder(device: torch.device, **how: Any) -> dict[str, Any]:
         how many tokens agree, and how far the logits lie apart.
 
     Raises:
+        MissingExtraError: if transformers is not installed.
         ParityError: if they differ.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    transformers: Any = require("transformers", "compress")
     torch.manual_seed(11)
-    theirs: Any = LlamaForCausalLM(LlamaConfig(**CONFIG)).eval().to(device)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG)).eval().to(device)
     state, spec = theirs.state_dict(), ModelSpec.from_config(theirs.config.to_dict())
     weights = gathered(spec, lambda name, shape: state[name].clone())
     decoder = StaticDecoder(spec, weights, 2, 2 * REACH, graph_prompts=how["graphs"], **how)

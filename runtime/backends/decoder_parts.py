@@ -61,7 +61,8 @@ def fused_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Te
     """Torch's own kernel: one for all, a block of threads for each row and KV head."""
     if mask.shape[2] == 1:
         mask = mask.expand(-1, -1, q.shape[2], -1)
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    mixed: Tensor = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    return mixed
 
 
 def product_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:

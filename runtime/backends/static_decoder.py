@@ -296,7 +296,7 @@ class StaticDecoder:
             )
         qk = self._parts.turned(qk, *turn)
         q, k = qk[:, :heads], qk[:, heads:]
-        q, k, v = (part.unflatten(0, x.shape[:2]).transpose(1, 2) for part in (q, k, v))
+        q, k, v = (part.reshape(*x.shape[:2], -1, self.spec.head_dim).transpose(1, 2) for part in (q, k, v))
         return q, k, v
 
     def _write(self, index: int, rows: slice, positions: Tensor, k: Tensor, v: Tensor) -> None:

@@ -16,7 +16,7 @@ from flabc.compress.model import cut_channels, cut_heads, cut_sub_blocks
 from flabc.errors import EngineError, UnknownNameError
 from flabc.runtime.backend import Limits, open_backend
 from flabc.runtime.backends.decoder_weights import gathered, random_source
-from flabc.runtime.backends.static_decoder import StaticDecoder
+from flabc.runtime.backends.static_decoder import Captured, Inputs, StaticDecoder
 from flabc.runtime.session import Session
 from flabc.spec import LayerSpec, ModelSpec
 
@@ -182,6 +182,49 @@ def test_the_bytes_of_a_step_are_those_of_the_weights_it_reads_and_its_cache() -
     assert decoder.bytes_per_step(1, 0) == weights
     assert decoder.bytes_per_step(3, 10) == weights + 3 * 10 * SPEC.kv_bytes_per_token(4)
     assert decoder.cache_bytes == 3 * 640 * SPEC.kv_bytes_per_token(4)
+
+
+class Recorded:
+    """Stands in for a CUDA graph: what was recorded is done at each replay, and not before."""
+
+    def __init__(self, step: Callable[[], torch.Tensor], logits: torch.Tensor) -> None:
+        self._step, self._logits = step, logits
+
+    def replay(self) -> None:
+        self._logits.copy_(self._step())
+
+
+class Stopwatch:
+    """Stands in for CUDA's events: as if time stood still."""
+
+    def __init__(self, **_: Any) -> None:
+        self.record = self.synchronize = lambda: None
+
+    def elapsed_time(self, _: Stopwatch) -> float:
+        return 0.0
+
+
+def test_graphs_are_kept_by_shape_and_reach_and_trying_them_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bookkeeping around graphs, with stand-ins for them; the graphs themselves need a GPU."""
+    device = torch.device("cpu")
+    wanted = tokens_of(random_decoder(device, graphs=False), 250, 16)
+    decoder = random_decoder(device, graphs=False)
+
+    def capture(shape: tuple[int, int, int], inputs: Inputs, attention: str) -> Captured:
+        logits = torch.zeros(shape[0], SPEC.vocab_size)
+        return Captured(Recorded(lambda: decoder._stepped(shape, inputs, attention), logits), logits, attention)
+
+    monkeypatch.setattr(torch.cuda, "Event", Stopwatch)
+    monkeypatch.setattr(decoder, "_capture", capture)
+    decoder.graphs = decoder.graph_prompts = True
+    assert tokens_of(decoder, 250, 16) == wanted
+    assert set(decoder._captured) == {(3, 250, 0), (3, 1, 256), (3, 1, 512)}
+    assert set(decoder.attentions) == {"3x256", "3x512"}
+    monkeypatch.setattr(
+        decoder, "_replayed_ms", lambda captured, _: {"fused": 2.0, "products": 1.0}[captured.attention]
+    )
+    assert tokens_of(decoder, 520, 4)
+    assert decoder.attentions["3x640"] == "products"
 
 
 @pytest.mark.cuda
