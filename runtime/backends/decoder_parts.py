@@ -69,7 +69,8 @@ def product_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> 
     """Two products and a softmax: more kernels, but a few long rows of few KV heads keep the whole device busy."""
     scores = (q * q.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
     shares = scores.float().masked_fill(~mask, float("-inf")).softmax(-1)
-    return shares.to(values.dtype) @ values
+    mixed: Tensor = shares.to(values.dtype) @ values
+    return mixed
 
 
 #: Ways of attending to the cache; the first is taken where nothing is tried.

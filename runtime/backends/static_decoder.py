@@ -22,7 +22,7 @@ from flabc.errors import EngineError, UnknownNameError
 from flabc.spec import ModelSpec
 
 from .decoder_parts import ATTENTIONS, EAGER, Rotary, cached_attention, compiled_parts, fused_attention
-from .decoder_weights import DecoderWeights, LayerWeights, bytes_read
+from .decoder_weights import DecoderWeights, LayerWeights
 
 #: Steps look at so many places of the cache, or a multiple: a graph for each, and little is read in vain.
 REACH = 256
@@ -107,16 +107,6 @@ class StaticDecoder:
     def _cache(self, layer: LayerWeights) -> Tensor:
         shape = (self.rows, layer.shape.num_key_value_heads, self.places, self.spec.head_dim)
         return torch.zeros(shape, dtype=self.dtype, device=self.device)  # (B, K, M, d); K may be 0
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of the whole KV cache."""
-        return sum(part.numel() * part.element_size() for part in (*self.keys, *self.values))
-
-    def bytes_per_step(self, rows: int, length: int) -> int:
-        """Bytes that a step of rows which hold ``length`` tokens each reads: weights once, and keys and values."""
-        values = sum(2 * layer.shape.num_key_value_heads for layer in self.weights.layers) * self.spec.head_dim
-        return bytes_read(self.weights) + rows * length * values * self.weights.head.element_size()
 
     @torch.inference_mode()
     def prompt(self, ids: Tensor, last: Tensor, first: int = 0) -> Tensor:
