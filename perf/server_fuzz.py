@@ -95,8 +95,8 @@ def _aim(case: Any, model: str) -> None:
         for name in ("max_tokens", "max_completion_tokens"):
             if isinstance(body.get(name), int):
                 body[name] = min(body[name], MAX_TOKENS)
-        if "messages" in body and not isinstance(body.get("max_completion_tokens"), int):
-            body.setdefault("max_tokens", MAX_TOKENS)
+        if "messages" in body and body.get("max_completion_tokens") is None and body.get("max_tokens") is None:
+            body["max_tokens"] = MAX_TOKENS  # a chat's answer else takes all the room there is
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class Limits:
         max_length: tokens of one sequence, prompt and answer together.
         threads: threads for the computation; None leaves the choice to the backend.
         provider: where to run: ``auto``, ``cpu``, ``cuda`` or, in ONNX Runtime, ``tensorrt``.
-        dtype: what to compute in, if the backend has a choice: ``float32`` or ``bfloat16``.
+        dtype: what to compute in, if the backend has a choice: ``float32``, ``bfloat16`` or ``float16``.
     """
 
     max_batch: int = 1
@@ -130,6 +130,7 @@ BACKENDS = {
     "onnxruntime-static": "flabc.runtime.backends.static_cache:open_backend",
     "tensorrt": "flabc.runtime.backends.tensorrt_engine:open_backend",
     "torch": "flabc.runtime.backends.reference:open_backend",
+    "torch-static": "flabc.runtime.backends.static_torch:open_backend",
 }
 
 #: Which backend runs an engine that was exported to a target.

@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 
@@ -31,6 +31,15 @@ EXTRAS = {
 #: Processor features that decide how fast matrices are multiplied, as Linux names them.
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
+#: The version of NVIDIA's kernel driver, where there is one.
+DRIVER = Path("/proc/driver/nvidia/version")
+
+#: Puts another build of a package in the place of the one that is there.
+REINSTALL = "pip install --force-reinstall"
+
+#: C compilers, one of which Triton needs to start what it compiled.
+COMPILERS = ("cc", "gcc", "clang")
+
 RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 
 
@@ -44,8 +53,9 @@ class Finding(Frozen):
 
 
 def examine() -> list[Finding]:
-    """Look at everything; never raises, imports nothing heavy but onnxruntime."""
-    return [_python(), _processor(), _memory(), *_extras(), _clash(), _providers(), _cuda(), _nvml(), _rapl()]
+    """Look at everything; never raises, imports nothing heavy but onnxruntime, and torch where there is a GPU."""
+    alike = [_python(), _processor(), _memory(), *_extras(), _clash(), _providers(), _cuda(), _nvml(), _rapl()]
+    return [*alike, _gpu_torch(), _fusing(), _gpu_onnxruntime()] if DRIVER.is_file() else alike
 
 
 def version_of(package: str) -> str | None:
@@ -113,10 +123,52 @@ def _providers() -> Finding:
 
 
 def _cuda() -> Finding:
-    driver = Path("/proc/driver/nvidia/version")
-    if not driver.is_file():
+    if not DRIVER.is_file():
         return Finding(name="cuda", status="missing", detail="no NVIDIA driver")
-    return Finding(name="cuda", status="ok", detail=driver.read_text(encoding="utf-8").splitlines()[0])
+    return Finding(name="cuda", status="ok", detail=DRIVER.read_text(encoding="utf-8").splitlines()[0])
+
+
+def _gpu_torch() -> Finding:
+    """What ``torch-static``, ``flabc bench --shape`` and ``perf/gpu_suite.py`` need."""
+    name = "torch on the GPU"
+    try:
+        torch: Any = importlib.import_module("torch")
+    except ImportError as error:
+        return Finding(name=name, status="missing", detail=str(error), fix="pip install 'flabc[compress]'")
+    if torch.version.cuda is None:
+        detail = f"torch {torch.__version__} is built without CUDA"
+        return Finding(name=name, status="problem", detail=detail, fix=f"{REINSTALL} torch, from an index with CUDA")
+    if not torch.cuda.is_available():
+        detail = f"torch {torch.__version__} is built for CUDA {torch.version.cuda} and sees no device"
+        return Finding(
+            name=name, status="problem", detail=detail, fix="Update the driver, or see CUDA_VISIBLE_DEVICES."
+        )
+    device = f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+    return Finding(name=name, status="ok", detail=f"{device}: torch-static, bench --shape, perf/gpu_suite.py")
+
+
+def _fusing() -> Finding:
+    """What ``torch.compile`` needs, by which small kernels become few."""
+    name = "small kernels fused"
+    if importlib.util.find_spec("triton") is None:
+        return Finding(name=name, status="missing", detail="no triton", fix="pip install triton")
+    found = [compiler for compiler in COMPILERS if shutil.which(compiler)]
+    if not found:
+        return Finding(name=name, status="missing", detail="no C compiler, which Triton needs", fix="Install gcc.")
+    return Finding(name=name, status="ok", detail=f"triton {version_of('triton')}, {found[0]}")
+
+
+def _gpu_onnxruntime() -> Finding:
+    """What runs engines on the GPU."""
+    name = "onnxruntime on the GPU"
+    fix = "pip uninstall -y onnxruntime && pip install 'flabc[gpu]'"
+    if importlib.util.find_spec("onnxruntime") is None:
+        return Finding(name=name, status="missing", detail="no onnxruntime", fix=fix)
+    import onnxruntime
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return Finding(name=name, status="missing", detail="this onnxruntime has no CUDA provider", fix=fix)
+    return Finding(name=name, status="ok", detail=f"onnxruntime-gpu {version_of('onnxruntime-gpu')}")
 
 
 def _nvml() -> Finding:

@@ -1,4 +1,4 @@
-"""Torch and transformers: checkpoints, as the dense reference. The only module of the runtime that imports torch.
+"""Torch and transformers: checkpoints, as the dense reference. Imported, as all that needs torch, when it is asked for.
 
 Unless bfloat16 is asked for it computes in float32 whatever the weights are stored in, as engines do: half precision
 rounds by more than the differences that the reference is there to show.

@@ -41,6 +41,7 @@ from flabc.spec import BYTES_PER_PARAMETER, ModelSpec
 if TYPE_CHECKING:
     from flabc.compress.model import CausalLM
     from flabc.perf.evaluation import EvalResult, EvalSide
+    from flabc.runtime.measure.shape_result import ShapeResult
 
 __all__ = [
     "BenchReport",
@@ -49,6 +50,7 @@ __all__ = [
     "Exported",
     "Inspection",
     "bench",
+    "bench_shape",
     "compress",
     "diff",
     "doctor",
@@ -427,6 +429,37 @@ def bench(
         draft.spec = result.candidate.spec
     rows = table.rows(result)
     return BenchReport(path=Path(output), html=Path(output) / "report.html", table=table.as_dict(rows))
+
+
+def bench_shape(
+    shape: str, cut: str, *, workload: Workload | None = None, output: str | Path | None = None, force: bool = False
+) -> ShapeResult:
+    """What a cut would buy on this machine before anything is pruned: random weights of a published model's shape.
+
+    A GPU is taken where torch sees one, else the processor. What does not fit into memory is measured by some of its
+    layers, and the result is calculated from them and says so.
+
+    Args:
+        shape: a name of ``flabc.runtime.measure.shapes.SHAPES``.
+        cut: a name of ``CUTS`` there, or a share of the parameters, as ``"0.3"``.
+        workload: what each run does.
+        output: a folder for ``shape.json``; without one nothing is written.
+        force: replace a folder that is not empty.
+
+    Raises:
+        FlabcError: see ``flabc.errors``.
+    """
+    if output is not None:
+        artifact.check_free(output, force=force)
+    require("torch", "compress")
+    from flabc.runtime.measure import shape_bench
+
+    result = shape_bench.bench_shape(shape, cut, workload or Workload())
+    if output is not None:
+        with artifact.create(output, "report", force=force) as draft:
+            (draft.path / "shape.json").write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            draft.spec = result.pruned.spec
+    return result
 
 
 def read_bench(folder: str | Path) -> BenchResult:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from flabc.errors import UsageError
+
 from .parameters import AT_LEAST_ONE, CORPUS, FORCE, Numbers, emit, json_option
+
+if TYPE_CHECKING:
+    from flabc.runtime.measure.shape_result import ShapeResult
 
 
 @click.command()
@@ -30,6 +35,8 @@ from .parameters import AT_LEAST_ONE, CORPUS, FORCE, Numbers, emit, json_option
 )
 @click.option("--threads", type=AT_LEAST_ONE, help="Threads for the computation.")
 @click.option("--provider", default="auto", show_default=True, help="Where to run: cpu, cuda or tensorrt.")
+@click.option("--shape", help="Instead of ENGINE: random weights of a published model's shape, e.g. llama-2-70b.")
+@click.option("--cut", help="With --shape: the share of parameters that goes, or a cut's name.  [default: 0.22]")
 @CORPUS
 @FORCE
 @json_option
@@ -39,6 +46,8 @@ def bench(
     output: str | None,
     prompt_tokens: Sequence[int],
     batch: Sequence[int],
+    shape: str | None,
+    cut: str | None,
     corpus: str,
     force: bool,
     as_json: bool,
@@ -48,15 +57,26 @@ def bench(
 
     Several lengths or batches are a sweep: the first of each is measured in full, then every combination.
 
+    With --shape nothing is pruned or read: what would this cut buy on this machine? Random weights of the shapes
+    are decoded by torch, on a GPU if there is one; too large ones by some of their layers, which the table says.
+
     \b
     flabc bench engine --baseline dense-engine -o report
     flabc bench engine --baseline dense-engine --batch 1,4,16 --prompt-tokens 128,1024 -o sweep
+    flabc bench --shape llama-2-70b --cut 0.3 --rounds 1
     """
     from flabc import api
     from flabc.project import settle
     from flabc.runtime.measure.result import Workload
 
     first, *sweep = (Workload(prompt_tokens=length, batch=size, **work) for length in prompt_tokens for size in batch)
+    if shape is not None or cut is not None:
+        if shape is None or engine or baseline or sweep:
+            raise UsageError("--shape stands alone: with --cut, one length, one batch, and no ENGINE or --baseline.")
+        measured = api.bench_shape(shape, cut or "0.22", workload=first, output=output, force=force)
+        data = measured.model_dump(mode="json") | {"figures": measured.figures().model_dump(mode="json")}
+        emit(as_json, data, lambda: _show_shape(measured))
+        return
     done = api.bench(
         settle(engine, "engine", "ENGINE"),
         settle(baseline, "baseline", "--baseline"),
@@ -76,3 +96,13 @@ def bench(
         click.echo(f"report: {done.html.absolute()}")
 
     emit(as_json, done, show)
+
+
+def _show_shape(measured: ShapeResult) -> None:
+    from rich.console import Console
+
+    from flabc.perf import shape_table
+
+    Console().print(shape_table.as_rich(measured))
+    for line in shape_table.notes(measured):
+        click.echo(line)
