@@ -16,6 +16,7 @@ import click
 
 from flabc import __version__
 from flabc.commands.build_options import build_flags, take_build_options
+from flabc.commands.data import data
 from flabc.commands.gate import gate
 from flabc.commands.parameters import AT_LEAST_ONE, Group, Numbers, Size, json_option
 from flabc.commands.search import search
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 #: Commands whose names are settled and whose work is not in this version.
 PLANNED = {
-    "data": "Mine instruction tasks from code.",
     "recover": "Train what was cut back in.",
 }
 
@@ -516,6 +516,7 @@ def doctor(as_json: bool) -> None:
     emit(as_json, {"findings": [finding.model_dump() for finding in findings]}, show)
 
 
+cli.add_command(data)
 cli.add_command(search)
 cli.add_command(serve)
 

@@ -1,7 +1,7 @@
 """Mined tasks: functions of real code with executable tests, one JSON object per line.
 
-Fields: ``task_id``, ``prompt`` (signature and docstring), ``solution``, ``test`` (code that runs behind them and fails
-by raising), ``split`` (train, dev or test).
+Fields: ``task_id``, ``prompt`` (signature and docstring), ``canonical_solution``, ``test`` (code that runs behind them
+and fails by raising), ``split`` (train, dev or test). ``flabc data mine`` writes such files.
 """
 
 from __future__ import annotations
