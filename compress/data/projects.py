@@ -63,8 +63,8 @@ def projects(source: str) -> Iterator[Project]:
     if source == STDLIB:
         yield Project(STDLIB, "PSF-2.0", _folder_files(Path(sysconfig.get_paths()["stdlib"])))
     elif source == PACKAGES:
-        names = {each.metadata["Name"] for each in importlib.metadata.distributions()}
-        yield from (_installed(name) for name in sorted(filter(None, names)))
+        installed = {each.metadata["Name"] or "": each for each in importlib.metadata.distributions()}
+        yield from (_package(each) for name, each in sorted(installed.items()) if name)
     elif path.is_dir():
         yield Project(path.resolve().name, _folder_licence(path), _folder_files(path))
     elif path.is_file():
@@ -133,6 +133,10 @@ def _installed(name: str) -> Project:
         names = [*modules, STDLIB, PACKAGES, "PATH"]
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
         raise UnknownNameError("source", name, near or [STDLIB, PACKAGES, "PATH", "an installed package"]) from None
+    return _package(found)
+
+
+def _package(found: importlib.metadata.Distribution) -> Project:
     licence = _header_licence(found.read_text("METADATA") or found.read_text("PKG-INFO") or "")
     listed = sorted({str(file) for file in found.files or () if file.suffix == ".py" and ".." not in file.parts})
     paths = [(each, Path(str(found.locate_file(each)))) for each in listed]

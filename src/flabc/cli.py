@@ -19,6 +19,7 @@ from flabc.commands.build_options import build_flags, take_build_options
 from flabc.commands.data import data
 from flabc.commands.gate import gate
 from flabc.commands.parameters import AT_LEAST_ONE, Group, Numbers, Size, json_option
+from flabc.commands.recover import recover
 from flabc.commands.search import search
 from flabc.commands.serve import serve
 from flabc.errors import NOT_BUILT, FlabcError, UsageError
@@ -26,11 +27,6 @@ from flabc.errors import NOT_BUILT, FlabcError, UsageError
 if TYPE_CHECKING:
     from flabc.api import Compressed, Diff, Inspection
     from flabc.exports import Candidate
-
-#: Commands whose names are settled and whose work is not in this version.
-PLANNED = {
-    "recover": "Train what was cut back in.",
-}
 
 FORCE = click.option("--force", is_flag=True, help="Replace an output folder that is not empty.")
 TIE = click.option("--tie", is_flag=True, help="Tie input and output matrices that a GGUF stores twice.")
@@ -517,26 +513,10 @@ def doctor(as_json: bool) -> None:
 
 
 cli.add_command(data)
+cli.add_command(recover)
 cli.add_command(search)
 cli.add_command(serve)
-
-
-def _add_planned(name: str, purpose: str) -> None:
-    """Keep a settled name: it says openly that its work is not in this version."""
-
-    @cli.command(
-        name,
-        help=f"{purpose} Not in this version.",
-        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-    )
-    def planned() -> None:
-        raise FlabcError(f"flabc {name} is not in version {__version__}.", fix="See CHANGELOG.md for what is.")
-
-
 cli.add_command(gate)
-
-for _name, _purpose in PLANNED.items():
-    _add_planned(_name, _purpose)
 
 
 def _show_inspection(found: Inspection) -> None:

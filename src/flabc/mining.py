@@ -12,7 +12,7 @@ from flabc.compress.data import mining
 from flabc.compress.data.mining import Task
 from flabc.compress.data.overlap import Benchmark, distinct
 from flabc.compress.data.projects import Project, projects
-from flabc.console import note, progress
+from flabc.console import note, progress, track
 from flabc.errors import CorpusError, UsageError, require
 from flabc.result import Result
 from flabc.runtime.evaluate.sandbox import SandboxLimits, isolation, run_all
@@ -88,8 +88,8 @@ def mine(
     benchmark = Benchmark(f"{row['prompt']}{row['canonical_solution']}" for row in humaneval.rows(None))
     read = list(_read(sources))
     wanted = [project for project in read if _is_wanted(project.licence, licences)]
-    found = [each for project in wanted for each in mining.mine(project, keep_doctests=keep_doctests)]
-    functions = len(found) + sum(1 for project in read if project not in wanted for _ in mining.mine(project))
+    found = _mined(wanted, keep_doctests=keep_doctests)
+    functions = len(found) + len(_mined([project for project in read if project not in wanted]))
     complete = sorted((each for each in found if isinstance(each, Task)), key=lambda task: task.task_id)
     single = distinct(complete, [_text(task) for task in complete])
     unknown = [task for task in single if not benchmark.knows(_text(task))]
@@ -147,6 +147,11 @@ def _read(sources: Sequence[str]) -> Iterator[Project]:
                 elif project.files:
                     seen.add(project.name)
                     yield project
+
+
+def _mined(wanted: Sequence[Project], *, keep_doctests: bool = False) -> list[Task | str]:
+    each = track(wanted, "looking for doctests", len(wanted))
+    return [found for project in each for found in mining.mine(project, keep_doctests=keep_doctests)]
 
 
 def _is_wanted(licence: str, wanted: Sequence[str]) -> bool:
