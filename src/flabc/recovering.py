@@ -17,7 +17,7 @@ from flabc.errors import RecoveryError, UsageError, require
 from flabc.result import Result
 from flabc.runtime.evaluate.source import read_jsonl
 from flabc.runtime.evaluate.tasks.humaneval import instruction
-from flabc.source import Source, model_folder
+from flabc.source import model_folder
 
 if TYPE_CHECKING:
     from flabc.compress.data.examples import Example
@@ -99,7 +99,7 @@ def recover(
         source = stack.enter_context(model_folder(teacher)) if teacher else None
         identity = {
             "checkpoint": artifact.sha256(made.path / artifact.MANIFEST),
-            "teacher": _identity(source),
+            "teacher": source.identity() if source else "",
             "data": digest,
             "options": options.model_dump(mode="json"),
         }
@@ -143,16 +143,6 @@ def _check(
         raise UsageError("There is nothing to train on.", fix="Give --data TASKS.jsonl, --text CORPUS, or both.")
     if teacher is None and (options.method == "distill" or options.kl_weight):
         raise UsageError("Distillation follows a teacher.", fix="Give --teacher, the model that was cut.")
-
-
-def _identity(source: Source | None) -> str:
-    """What tells two teachers apart: their files' names, sizes and times."""
-    if source is None:
-        return ""
-    files = sorted(file for file in source.folder.iterdir() if file.is_file())
-    if source.manifest is not None:
-        return artifact.sha256(source.folder / artifact.MANIFEST)
-    return "\n".join([source.name, *(f"{file.name} {file.stat().st_size}" for file in files)])
 
 
 def _examples(

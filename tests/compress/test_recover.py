@@ -168,7 +168,7 @@ def test_distillation_comes_near_the_teacher(tiny: Callable[[str], Path], tmp_pa
     teacher = recover.teacher_of(model_of(tiny("llama-tied")), student.token_origin, 350, "cpu")
     out = tmp_path / "states"
     data = examples(40), examples(6, seed=2)
-    done = recover.train(model_of(tmp_path / "student"), teacher, *data, options, out, pad=PAD)
+    done = recover.train(recover.open_model(tmp_path / "student", student.spec), teacher, *data, options, out, pad=PAD)
     assert done.before.kl is not None
     assert done.after.kl is not None
     assert done.after.kl < 0.9 * done.before.kl

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from flabc.errors import CorpusError, UnknownNameError
 from flabc.runtime.evaluate.problem import Problem, Program
@@ -32,18 +33,19 @@ def problems(source: Path | None, choices: Sequence[str] = ()) -> list[Problem]:
     for name in wanted:
         if name not in SPLITS:
             raise UnknownNameError("split", name, SPLITS)
-    found = [
-        Problem(
-            task_id=str(field(row, "task_id")),
-            prompt=field(row, "prompt"),
-            instruction=instruction(field(row, "prompt")),
-            stop=STOP,
-            grading=Program(field(row, "prompt"), field(row, "test"), context=field(row, "prompt")),
-            kind=field(row, "split"),
-        )
-        for row in read_jsonl(source)
-        if field(row, "split") in wanted
-    ]
+    found = [problem(row) for row in read_jsonl(source) if field(row, "split") in wanted]
     if not found:
         raise CorpusError(f"{source} has no task of the split {' or '.join(wanted)}.")
     return found
+
+
+def problem(row: dict[str, Any]) -> Problem:
+    """A task as a problem, of whatever split."""
+    return Problem(
+        task_id=str(field(row, "task_id")),
+        prompt=field(row, "prompt"),
+        instruction=instruction(field(row, "prompt")),
+        stop=STOP,
+        grading=Program(field(row, "prompt"), field(row, "test"), context=field(row, "prompt")),
+        kind=field(row, "split"),
+    )

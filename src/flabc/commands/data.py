@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from flabc.errors import UsageError
 
 from .parameters import AT_LEAST_ONE, Group, json_option
 
 if TYPE_CHECKING:
+    from flabc.customising import Customised
     from flabc.mining import Mined
 
 OUTPUT = click.option(
@@ -24,6 +27,7 @@ def data() -> None:
 
     \b
     flabc data mine python-stdlib python-packages -o tasks.jsonl
+    flabc data customise tasks.jsonl --model pruned --teacher smollm2-135m -o custom.jsonl --allow-code-execution
     """
 
 
@@ -77,6 +81,49 @@ def mine(
         click.echo(found.model_dump_json(indent=2))
     else:
         _show(found)
+
+
+@data.command()
+@click.argument("tasks", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@OUTPUT
+@click.option("--model", required=True, help="The cut model: a checkpoint or an engine.")
+@click.option("--teacher", required=True, help="The model that was cut, or its engine.")
+@click.option("--max-tokens", type=AT_LEAST_ONE, default=300, show_default=True, help="Tokens of an answer at most.")
+@click.option("--batch", type=AT_LEAST_ONE, default=64, show_default=True, help="Sequences at once.")
+@click.option("--threads", type=AT_LEAST_ONE, help="Threads for the computation.")
+@click.option("--dtype", default="float32", show_default=True, help="What torch computes in: float32 or bfloat16.")
+@click.option("--timeout", "timeout_s", default=10.0, show_default=True, help="Seconds that a program may take.")
+@click.option("--allow-code-execution", is_flag=True, help="Let code that the models wrote run, in a sandbox.")
+@click.option("--force", is_flag=True, help="Replace a file, and begin a run anew that was cut off.")
+@json_option
+def customise(tasks: Path, output: Path, model: str, teacher: str, force: bool, as_json: bool, **options: Any) -> None:
+    """Keep of TASKS what the cut model fails, with the dense model's answers where they pass (Flab-Pruner).
+
+    Where both fail, the task's own solution stays. Tasks of the split test are left out. A run that was cut off goes
+    on where it was.
+
+    \b
+    flabc data customise tasks.jsonl --model pruned --teacher smollm2-135m -o custom.jsonl --allow-code-execution
+    flabc recover pruned --data custom.jsonl -o recovered
+    """
+    from flabc import customising
+    from flabc.runtime.evaluate.task import EvalOptions
+
+    try:
+        parsed = EvalOptions(**options)
+    except ValueError as error:
+        raise UsageError(f"These options do not fit: {error}") from error
+    found = customising.customise(tasks, model, teacher, output, parsed, force=force)
+    if as_json:
+        click.echo(found.model_dump_json(indent=2))
+    else:
+        _show_customised(found)
+
+
+def _show_customised(found: Customised) -> None:
+    for step, count in found.model_dump(exclude={"path"}).items():
+        click.echo(f"{step:<10} {count:>8,}")
+    click.echo(f"wrote {found.path}", err=True)
 
 
 def _show(found: Mined) -> None:
