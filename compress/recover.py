@@ -345,6 +345,7 @@ def _arguments(options: Recovery, steps: int, folder: Path, device: str) -> Trai
         load_best_model_at_end=True,
         metric_for_best_model=_WATCHED,
         greater_is_better=False,
+        restore_callback_states_from_checkpoint=True,  # or patience would begin anew when a run goes on
         seed=options.seed,
         use_cpu=device == "cpu",
         remove_unused_columns=False,

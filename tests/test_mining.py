@@ -104,6 +104,23 @@ def test_a_licence_that_is_wanted_is_asked_for(project: Path, tmp_path: Path) ->
     assert found.licences == {"MIT": 1}
 
 
+@pytest.mark.parametrize(
+    ("licence", "wanted"),
+    [
+        ("MIT", True),
+        ("MIT License", True),
+        ("BSD-3-Clause AND MIT", True),
+        ("GPL-3.0 OR MIT", True),
+        ("(GPL-3.0 OR MIT) AND BSD-2-Clause", True),
+        ("GPL-3.0 AND MIT", False),
+        ("LIMITED", False),
+        ("", False),
+    ],
+)
+def test_licences_are_read_as_expressions(licence: str, wanted: bool) -> None:
+    assert mining._is_wanted(licence, ["mit", "bsd"]) is wanted
+
+
 def test_gaps_in_the_sandbox_have_to_be_accepted(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,13 +14,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from flabc.errors import CorpusError
-
 #: A label that no loss looks at, as torch has it.
 IGNORED = -100
-
-#: What rows of tasks call the answer.
-SOLUTIONS = ("canonical_solution", "solution", "completion")
 
 #: Of rows without a dev split, one in so many is put aside.
 DEV_ONE_IN = 10
@@ -39,22 +34,6 @@ class Example:
     def labels(self) -> tuple[int, ...]:
         """The ids, without what is given."""
         return (IGNORED,) * self.given + self.ids[self.given :]
-
-
-def solution_of(row: Row) -> str:
-    """The answer of a row.
-
-    Raises:
-        CorpusError: if it has none, or no prompt.
-    """
-    for name in SOLUTIONS:
-        if isinstance(row.get(name), str) and isinstance(row.get("prompt"), str):
-            return str(row[name])
-    raise CorpusError(
-        "A row of the training data has no prompt or no solution.",
-        expected=f"the fields prompt and one of {', '.join(SOLUTIONS)}",
-        found=", ".join(row) or "an empty object",
-    )
 
 
 def sides(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:

@@ -44,6 +44,7 @@ _RECORDED = (
     "onnx",
     "onnx-ir",
     "onnxruntime",
+    "peft",
     "tensorrt",
     "tokenizers",
     "torch",

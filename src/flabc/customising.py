@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from flabc import artifact
-from flabc.compress.data.examples import solution_of
 from flabc.console import note
 from flabc.errors import CorpusError, UsageError
 from flabc.result import Result
@@ -100,7 +99,7 @@ def customise(
 def _check_rows(rows: Sequence[Mapping[str, Any]], file: str | Path) -> None:
     """Before a model is opened."""
     for row in rows:
-        solution_of(row)
+        mined.solution(row)
     if not rows:
         raise CorpusError(f"{file} has no task of the splits train or dev.")
     if len({row["task_id"] for row in rows}) < len(rows):
@@ -132,7 +131,7 @@ def _without(rows: Sequence[dict[str, Any]], records: Sequence[Record]) -> list[
 def _targeted(row: Mapping[str, Any], right: Mapping[str, str]) -> dict[str, Any]:
     answer = right.get(str(row["task_id"]))
     if answer is None:
-        return {**row, "canonical_solution": solution_of(row), "target": "canonical"}
+        return {**row, "canonical_solution": mined.solution(row), "target": "canonical"}
     return {**row, "canonical_solution": f"{answer.rstrip()}\n", "target": "teacher"}
 
 

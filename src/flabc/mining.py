@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -69,7 +70,7 @@ def mine(
     Args:
         sources: folders, archives, installed packages' names, ``python-stdlib``, ``python-packages``.
         output: the file to write; ``flabc eval --task mined --data`` reads it.
-        licences: parts of licences' names; code of other licences, or of none that is stated, is left out.
+        licences: words of licences' names; code of other licences, or of none that is stated, is left out.
         keep_doctests: leave the doctests in the prompts.
         timeout_s: seconds that a task's test may take.
         workers: programs at once; by default as many as there are cores.
@@ -155,7 +156,11 @@ def _mined(wanted: Sequence[Project], *, keep_doctests: bool = False) -> list[Ta
 
 
 def _is_wanted(licence: str, wanted: Sequence[str]) -> bool:
-    return not wanted or any(each.lower() in licence.lower() for each in wanted)
+    """Whether all licences that hold at once are wanted, and one of each that can be chosen (SPDX's AND and OR)."""
+    if not wanted:
+        return True
+    names = re.compile("|".join(rf"(?<!\w){re.escape(each)}(?!\w)" for each in wanted), re.IGNORECASE)
+    return all(any(map(names.search, both.split(" OR "))) for both in licence.split(" AND "))
 
 
 def _text(task: Task) -> str:

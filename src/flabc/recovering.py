@@ -16,6 +16,7 @@ from flabc.console import note
 from flabc.errors import RecoveryError, UsageError, require
 from flabc.result import Result
 from flabc.runtime.evaluate.source import read_jsonl
+from flabc.runtime.evaluate.tasks import mined
 from flabc.runtime.evaluate.tasks.humaneval import instruction
 from flabc.source import model_folder
 
@@ -188,9 +189,8 @@ def _pair(model: CausalLM, row: Mapping[str, Any], *, chat: bool) -> tuple[str, 
         UsageError: if a conversation is wanted and the model has no chat template.
     """
     from flabc.compress.chat import rendered
-    from flabc.compress.data.examples import solution_of
 
-    solution = solution_of(row)
+    solution = mined.solution(row)
     if not chat:
         return row["prompt"], solution
     asked = rendered(model.tokenizer, [{"role": "user", "content": instruction(row["prompt"])}], prompt=True)

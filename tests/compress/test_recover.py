@@ -16,6 +16,7 @@ from flabc.compress.data.examples import IGNORED, Example, collate, collate_pack
 from flabc.compress.model import cut_channels, cut_heads, cut_layers, cut_sub_blocks, cut_vocab
 from flabc.compress.stage import encoder
 from flabc.errors import CorpusError, ModelError, RecoveryError
+from flabc.runtime.evaluate.tasks import mined
 
 PAD = 2
 
@@ -114,10 +115,8 @@ def test_the_side_test_is_never_seen() -> None:
 
 
 def test_rows_without_a_solution_are_refused() -> None:
-    from flabc.compress.data.examples import solution_of
-
     with pytest.raises(CorpusError, match="Found: prompt, text"):
-        solution_of({"prompt": "a", "text": "b"})
+        mined.solution({"prompt": "a", "text": "b"})
 
 
 OPTIONS = Recovery(batch=4, epochs=10, max_steps=12, evaluations=3, learning_rate=5e-3, rank=4, alpha=8)
@@ -184,6 +183,36 @@ def test_the_best_state_is_kept_and_training_stops_early(tiny: Callable[[str], P
     assert done.steps < 60
     assert done.best_step == min(dev, key=dev.__getitem__) == done.steps - 2
     assert done.after.loss == pytest.approx(dev[done.best_step], rel=1e-6)
+
+
+def test_patience_outlives_a_run_that_was_cut_off(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = recover.token_losses
+    wrong = [Example(example.ids[:3] + example.ids[:2:-1], 3) for example in examples(6)]
+    options = OPTIONS.model_copy(update={"method": "full", "max_steps": 60, "evaluations": 60, "patience": 3})
+
+    def run(folder: str) -> recover.Trained:
+        model = model_of(tiny("llama-tied"))
+        return recover.train(model, None, examples(60), wrong, options, tmp_path / folder, pad=PAD)
+
+    whole = run("whole")
+    learnt = 0
+
+    def cut_off(logits: Any, labels: Any, teacher: Any) -> Any:
+        nonlocal learnt
+        learnt += logits.requires_grad
+        if learnt == whole.steps:  # in the midst of the last step before patience ends
+            raise KeyboardInterrupt
+        return own(logits, labels, teacher)
+
+    monkeypatch.setattr(recover, "token_losses", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        run("broken")
+    monkeypatch.setattr(recover, "token_losses", own)
+    resumed = run("broken")
+    assert (resumed.steps, resumed.best_step, resumed.after) == (whole.steps, whole.best_step, whole.after)
+    assert all(torch.equal(resumed.weights[name], tensor) for name, tensor in whole.weights.items())
 
 
 def test_a_loss_that_is_no_number_stops_and_the_last_state_stays(

@@ -6,7 +6,7 @@ and fails by raising), ``split`` (train, dev or test). ``flabc data mine`` write
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from .humaneval import STOP, instruction
 
 #: The sides that a model may be measured on; nothing is ever measured on ``train``.
 SPLITS = ("dev", "test")
+
+#: What rows of tasks call the answer.
+SOLUTIONS = ("canonical_solution", "solution", "completion")
 
 
 def problems(source: Path | None, choices: Sequence[str] = ()) -> list[Problem]:
@@ -48,4 +51,20 @@ def problem(row: dict[str, Any]) -> Problem:
         stop=STOP,
         grading=Program(field(row, "prompt"), field(row, "test"), context=field(row, "prompt")),
         kind=field(row, "split"),
+    )
+
+
+def solution(row: Mapping[str, Any]) -> str:
+    """A task's own answer, which stands behind its prompt.
+
+    Raises:
+        CorpusError: if it has none, or no prompt.
+    """
+    for name in SOLUTIONS:
+        if isinstance(row.get(name), str) and isinstance(row.get("prompt"), str):
+            return str(row[name])
+    raise CorpusError(
+        "A row of the tasks has no prompt or no solution.",
+        expected=f"the fields prompt and one of {', '.join(SOLUTIONS)}",
+        found=", ".join(row) or "an empty object",
     )
