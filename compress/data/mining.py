@@ -82,6 +82,11 @@ class Task:
     test: str
     entry_point: str
 
+    @property
+    def function(self) -> str:
+        """The function alone, without what it needs of its module."""
+        return "".join(self.prompt.rpartition(f"def {self.entry_point}(")[1:]) + self.canonical_solution
+
     def program(self, body: str | None = None) -> str:
         """Prompt, a body (by default the function's own) and test, as the evaluation puts them together."""
         return f"{self.prompt}{self.canonical_solution if body is None else body}\n{self.test}"

@@ -25,6 +25,9 @@ STDLIB, PACKAGES = "python-stdlib", "python-packages"
 #: Files larger than this are data or generated.
 LARGEST_FILE = 1_000_000
 
+#: Folders that hold no code of the project's own: copies of others' keep their licences.
+_NOT_OWN = SKIPPED | {"_vendor", "_vendored_packages", "thirdparty_files", "vendor", "vendored"}
+
 _ZIPS, _TARS = (".zip", ".whl"), (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 #: Where the metadata of a package is, as wheels and source archives name it.
@@ -80,7 +83,7 @@ def _folder_files(root: Path) -> tuple[tuple[str, str], ...]:
 
 
 def _wanted(file: Path, root: Path) -> bool:
-    return not SKIPPED.intersection(file.relative_to(root).parts) and file.stat().st_size <= LARGEST_FILE
+    return not _NOT_OWN.intersection(file.relative_to(root).parts) and file.stat().st_size <= LARGEST_FILE
 
 
 def _decoded(files: Iterator[tuple[str, bytes]]) -> Iterator[tuple[str, str]]:
@@ -140,7 +143,7 @@ def _package(found: importlib.metadata.Distribution) -> Project:
     licence = _header_licence(found.read_text("METADATA") or found.read_text("PKG-INFO") or "")
     listed = sorted({str(file) for file in found.files or () if file.suffix == ".py" and ".." not in file.parts})
     paths = [(each, Path(str(found.locate_file(each)))) for each in listed]
-    kept = [(each, file) for each, file in paths if file.is_file() and not SKIPPED.intersection(Path(each).parts)]
+    kept = [(each, file) for each, file in paths if file.is_file() and not _NOT_OWN.intersection(Path(each).parts)]
     contents = ((each, file.read_bytes()) for each, file in kept if file.stat().st_size <= LARGEST_FILE)
     return Project(_normal(found.metadata["Name"]), licence, tuple(_decoded(contents)))
 
@@ -193,7 +196,7 @@ def _members(file: Path) -> Iterator[tuple[str, bytes]]:
 def _is_read(name: str, size: int) -> bool:
     path = PurePosixPath(name)
     wanted = path.suffix == ".py" or path.name in (*_METADATA, "pyproject.toml")
-    return wanted and size <= LARGEST_FILE and not SKIPPED.intersection(path.parts)
+    return wanted and size <= LARGEST_FILE and not _NOT_OWN.intersection(path.parts)
 
 
 def _normal(name: str) -> str:

@@ -92,8 +92,8 @@ def mine(
     found = _mined(wanted, keep_doctests=keep_doctests)
     functions = len(found) + len(_mined([project for project in read if project not in wanted]))
     complete = sorted((each for each in found if isinstance(each, Task)), key=lambda task: task.task_id)
-    single = distinct(complete, [_text(task) for task in complete])
-    unknown = [task for task in single if not benchmark.knows(_text(task))]
+    single = distinct(complete, [task.function for task in complete])
+    unknown = [task for task in single if not benchmark.knows(task.function)]
     limits = SandboxLimits(timeout_s=timeout_s)
     passing = _graded(unknown, Task.program, limits, workers, "running the tests", passed=True)
     tasks = _graded(
@@ -161,10 +161,6 @@ def _is_wanted(licence: str, wanted: Sequence[str]) -> bool:
         return True
     names = re.compile("|".join(rf"(?<!\w){re.escape(each)}(?!\w)" for each in wanted), re.IGNORECASE)
     return all(any(map(names.search, both.split(" OR "))) for both in licence.split(" AND "))
-
-
-def _text(task: Task) -> str:
-    return f"{task.prompt}{task.canonical_solution}"
 
 
 def _graded(

@@ -109,6 +109,8 @@ def test_a_function_is_taken_with_what_it_needs_and_without_its_answers() -> Non
     document = ast.get_docstring(ast.parse(area.prompt).body[-1])  # type: ignore[arg-type]
     assert document == 'Area of so many half circles \\ of this "radius".\n\nNothing is rounded up.'
     assert area.canonical_solution.startswith("    # half")
+    assert area.function.startswith("def area(radius")
+    assert area.function.endswith(area.canonical_solution)
 
 
 def test_what_cannot_be_a_task_says_why() -> None:
@@ -156,6 +158,7 @@ def test_projects_of_archives_and_folders_have_names_and_licences(tmp_path: Path
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("p/shapes.py", MODULE)
         archive.writestr("p/tests/test_it.py", MODULE)
+        archive.writestr("p/_vendor/theirs.py", MODULE)
         archive.writestr("p-1.dist-info/METADATA", "Name: My.P\nLicense-Expression: MIT\n\nText")
     (tmp_path / "PKG-INFO").write_text(
         "Name: q\nLicense: UNKNOWN\nClassifier: License :: OSI Approved :: BSD License\n"
