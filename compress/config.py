@@ -198,3 +198,56 @@ def check_stage_name(entry: Any) -> None:
     name = entry.get("stage") if isinstance(entry, dict) else None
     if isinstance(name, str) and name not in STAGE_NAMES:
         raise UnknownNameError("stage", name, STAGE_NAMES)
+
+
+class Recovery(Frozen):
+    """How a cut model is trained.
+
+    Args:
+        method: ``lora`` trains adapters that are merged afterwards (Hu et al., 2021), ``full`` all weights, ``distill``
+            all weights after a teacher (Hinton et al., 2015).
+        kl_weight: the share of the KL to the teacher in the loss; the rest is the cross-entropy. By default 1 for
+            distill, 0.5 for others with a teacher, 0 without.
+        epochs: how often every example is seen.
+        max_steps: optimiser steps at most.
+        learning_rate: at its peak; it rises over ``warmup`` of the steps and falls along a cosine.
+        warmup: a fraction of the steps.
+        batch: sequences at once.
+        accumulate: batches to a step.
+        max_length: tokens of a sequence at most.
+        packing: several examples in a sequence, which do not see each other.
+        chat: examples are conversations in the model's chat template.
+        rank, alpha: of the adapters.
+        weight_decay: of AdamW.
+        dtype: what is computed in; weights and the optimiser's state are float32.
+        gradient_checkpointing: compute activations twice and keep few of them.
+        evaluations: how often the loss on dev is measured, and the state kept.
+        patience: of these without progress, after which training stops.
+        seed: of the order of examples and of the adapters.
+    """
+
+    method: Literal["lora", "full", "distill"] = "lora"
+    kl_weight: float | None = Field(None, ge=0, le=1)
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, gt=0)
+    learning_rate: float = Field(2e-4, gt=0)
+    warmup: float = Field(0.03, ge=0, lt=1)
+    batch: int = Field(4, gt=0)
+    accumulate: int = Field(1, gt=0)
+    max_length: int = Field(1024, gt=1)
+    packing: bool = False
+    chat: bool = False
+    rank: int = Field(16, gt=0)
+    alpha: int = Field(32, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+    evaluations: int = Field(10, gt=0)
+    patience: int = Field(3, gt=0)
+    seed: int = 0
+
+    def share_of_kl(self, *, teacher: bool) -> float:
+        """The share of the KL in the loss, with a teacher or without."""
+        if self.kl_weight is not None:
+            return self.kl_weight
+        return 0.0 if not teacher else 1.0 if self.method == "distill" else 0.5

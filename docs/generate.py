@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from flabc.cli import PLANNED, cli
+from flabc.cli import cli
 from flabc.perf import evaluation, figures, methods, table
 from flabc.perf.comparison import EvalRow
 from flabc.perf.evaluation import EvalResult
@@ -140,15 +140,7 @@ def reference() -> str:
         "",
     ]
     for name in cli.list_commands(parent):
-        if name not in PLANNED:
-            pages += _pages(cli.commands[name], name, parent)
-    pages += [
-        "## Not in this version",
-        "",
-        "These names are settled and answer that they are still to come:",
-        "",
-    ]
-    pages += [f"- `flabc {name}`: {purpose}" for name, purpose in PLANNED.items()]
+        pages += _pages(cli.commands[name], name, parent)
     return "\n".join(pages) + "\n"
 
 

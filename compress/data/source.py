@@ -40,7 +40,7 @@ TEXT_SUFFIXES = frozenset(
 LINES_SUFFIXES = (".jsonl", ".jsonl.gz")
 
 #: Folders that hold no source of their own: installed packages, and data that tests feed on.
-_SKIPPED = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3"})
+SKIPPED = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3"})
 
 #: A document's name and its text.
 Text = tuple[str, str]
@@ -196,7 +196,7 @@ def _text_of(file: Path) -> str:
 
 
 def _skipped(file: Path, root: Path) -> bool:
-    return bool(_SKIPPED.intersection(file.relative_to(root).parts))
+    return bool(SKIPPED.intersection(file.relative_to(root).parts))
 
 
 def _hash(text: str) -> bytes:

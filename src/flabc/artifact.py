@@ -45,6 +45,7 @@ _RECORDED = (
     "onnx",
     "onnx-ir",
     "onnxruntime",
+    "peft",
     "tensorrt",
     "tokenizers",
     "torch",

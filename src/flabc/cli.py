@@ -16,6 +16,7 @@ import click
 from flabc import __version__
 from flabc.commands.bench import bench
 from flabc.commands.compress import compress
+from flabc.commands.data import data
 from flabc.commands.doctor import doctor
 from flabc.commands.evaluate import evaluate
 from flabc.commands.export import export
@@ -24,18 +25,13 @@ from flabc.commands.init import init
 from flabc.commands.inspect import inspect
 from flabc.commands.parameters import Group
 from flabc.commands.recipes import recipes
+from flabc.commands.recover import recover
 from flabc.commands.run import run
 from flabc.commands.search import search
 from flabc.commands.serve import serve
 from flabc.errors import FlabcError
 
-COMMANDS = (inspect, compress, export, run, evaluate, bench, serve, gate, search, recipes, init, doctor)
-
-#: Commands whose names are settled and whose work is not in this version.
-PLANNED = {
-    "data": "Mine instruction tasks from code.",
-    "recover": "Train what was cut back in.",
-}
+COMMANDS = (inspect, compress, export, run, evaluate, bench, serve, gate, search, data, recover, recipes, init, doctor)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -48,23 +44,8 @@ def cli() -> None:
     """
 
 
-def _add_planned(name: str, purpose: str) -> None:
-    """Keep a settled name: it says openly that its work is not in this version."""
-
-    @cli.command(
-        name,
-        help=f"{purpose} Not in this version.",
-        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-    )
-    def planned() -> None:
-        raise FlabcError(f"flabc {name} is not in version {__version__}.", fix="See CHANGELOG.md for what is.")
-
-
 for _command in COMMANDS:
     cli.add_command(_command)
-
-for _name, _purpose in PLANNED.items():
-    _add_planned(_name, _purpose)
 
 
 def main() -> None:

