@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from importlib import metadata, resources
 from pathlib import Path
@@ -44,6 +45,23 @@ def write(
     card = _render("card.md.jinja", **facts, quality=quality, version=metadata.version("flabc"))
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / "shape.svg").write_text(_render("shape.svg.jinja", **_picture(before, after, origin)), encoding="utf-8")
+
+
+def go_on(made: Path, folder: Path, training: Mapping[str, Any]) -> None:
+    """Carry a card on to a checkpoint that was trained, and say how.
+
+    Args:
+        made: the folder of the checkpoint before; without a card nothing is written.
+        folder: where to.
+        training: the receipt of the training.
+    """
+    if not (made / "README.md").is_file():
+        return
+    facts = dict(training) | {"teacher": training["teacher"] and Path(training["teacher"]).name}
+    card = (made / "README.md").read_text(encoding="utf-8").rstrip("\n")
+    (folder / "README.md").write_text(f"{card}\n{_render('training.md.jinja', **facts)}", encoding="utf-8")
+    if (made / "shape.svg").is_file():
+        shutil.copyfile(made / "shape.svg", folder / "shape.svg")
 
 
 def _picture(before: ModelSpec, after: ModelSpec, origin: Sequence[int]) -> dict[str, Any]:

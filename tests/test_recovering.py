@@ -74,6 +74,9 @@ def test_a_recovered_checkpoint_is_one_and_says_how_it_came_to_be(
     assert receipt["data"] == found["data"]
     assert receipt["after"] == found["after"]
     assert receipt["options"]["rank"] == 16
+    card = (out / "README.md").read_text()
+    assert card.startswith((tiny_checkpoint / "README.md").read_text().rstrip("\n"))
+    assert f"| cross-entropy | {found['before']['ce']:.4f} | {found['after']['ce']:.4f} |" in card
     assert after.receipts["stages"] == before.receipts["stages"]
     assert (after.spec, after.recipe, after.source) == (before.spec, before.recipe, before.source)
     assert checkpoint.read_vocab_map(out) == checkpoint.read_vocab_map(tiny_checkpoint)

@@ -252,14 +252,12 @@ def _write(
     model: CausalLM, trained: Trained, done: Recovered, made: Artifact, options: Recovery, *, force: bool
 ) -> None:
     """The checkpoint, in the dtype that the cut one has."""
-    from flabc.compress import checkpoint
+    from flabc.compress import card, checkpoint
 
     weights = {name: trained.weights[name].to(model.dtype) for name in model.spec.shapes()}
     with artifact.create(done.path, "checkpoint", force=force) as draft:
         checkpoint.write(replace(model, weights=weights), draft.path)
-        for name in ("README.md", "shape.svg"):
-            if (made.path / name).is_file():
-                (draft.path / name).write_bytes((made.path / name).read_bytes())
+        card.go_on(made.path, draft.path, done.model_dump(mode="json"))
         draft.follow(made.manifest)
         draft.spec = model.spec
         receipt = done.model_dump(mode="json", exclude={"path"}) | {"options": options.model_dump(mode="json")}

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from flabc.compress import load, pipeline, stage
-from flabc.compress.config import Calibration, Config, LayersConfig, Target, VocabConfig, WidthsConfig
+from flabc.compress.config import Calibration, LayersConfig, Target, VocabConfig, WidthsConfig
 from flabc.compress.data import corpus
 from flabc.compress.data.corpus import Document
 from flabc.compress.model import CausalLM, TokenizerFiles
 from flabc.compress.stage import Plan, Stage
 from flabc.errors import CorpusError, ModelError, StageError, UsageError
+from flabc.frozen import Frozen
 
 STAGES = (VocabConfig(max_size=512), LayersConfig(count=1, sequences=4), WidthsConfig(multiple_of=4))
 Ran = tuple[CausalLM, list[pipeline.StageReceipt], dict[str, Any]]
@@ -114,7 +115,7 @@ def test_a_run_repeats_itself_and_another_seed_does_not(tied: CausalLM, calibrat
     ],
 )
 def test_a_stage_that_cannot_is_named(
-    tied: CausalLM, calibration: Calibration, stages: list[Config], said: str
+    tied: CausalLM, calibration: Calibration, stages: list[Frozen], said: str
 ) -> None:
     with pytest.raises(StageError) as caught:
         pipeline.run(tied, stages, target=None, calibration=calibration)
