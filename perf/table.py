@@ -20,6 +20,8 @@ Verdict = Literal["better", "worse", "even"]
 #: A change below this share counts as none, however sure the samples are of it.
 EVEN = 0.005
 
+JOULES_PER_KWH = 3_600_000
+
 TIMES, DASH = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
 STYLES: dict[Verdict, str] = {"better": "green", "worse": "red", "even": "default"}
 
@@ -65,6 +67,7 @@ def rows(result: BenchResult) -> list[Row]:
         *_times(dense, pruned),
         *_limits(result),
         *_memory(dense, pruned),
+        *_energy(result),
         *_quality(dense, pruned),
         *_cache(dense, pruned),
     ]
@@ -213,9 +216,18 @@ def conversion(result: BenchResult) -> float | None:
 
 def _memory(dense: Side, pruned: Side) -> Iterator[Row]:
     yield _row("peak_memory_mib", "peak memory", "MiB", dense.peak_rss_mib, pruned.peak_rss_mib)
+
+
+def _energy(result: BenchResult) -> Iterator[Row]:
+    """What was read of counters; CO2 only from that, and from what was said of the grid."""
+    dense, pruned = result.baseline, result.candidate
     joules = [side.energy.joules_per_token if side.energy else None for side in (dense, pruned)]
-    if joules[0] is not None and joules[1] is not None:
-        yield _row("joules_per_token", "energy per token, above idle", "J", joules[0], joules[1])
+    if joules[0] is None or joules[1] is None:
+        return
+    yield _row("joules_per_token", "energy per token, above idle", "J", joules[0], joules[1])
+    if grid := result.grid_g_per_kwh:
+        name, mg_per_joule = f"CO2 per token, estimated at {grid:g} g/kWh", 1000 * grid / JOULES_PER_KWH
+        yield _row("co2_mg_per_token", name, "mg", mg_per_joule * joules[0], mg_per_joule * joules[1])
 
 
 def _quality(dense: Side, pruned: Side) -> Iterator[Row]:

@@ -17,8 +17,8 @@ from torch import Tensor
 #: A label that no loss looks at, as torch has it.
 IGNORED = -100
 
-#: Of rows without a dev split, one in so many is put aside.
-DEV_ONE_IN = 10
+#: A split ``dev`` of less than one row in so many is too small to choose by; one in so many of the others joins it.
+DEV_ENOUGH, DEV_ONE_IN = 20, 10
 
 Row = Mapping[str, Any]
 
@@ -39,10 +39,13 @@ class Example:
 def sides(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     """Rows to train on and to watch; those of the split ``test`` are neither.
 
-    Without a split ``dev`` one row in ten is watched, by the hash of its prompt.
+    Where the split ``dev`` has few rows, too few to choose by, one in ten of the others is watched too, by the hash of
+    its prompt.
     """
     used = [row for row in rows if row.get("split") != "test"]
-    dev = [row for row in used if row.get("split") == "dev"] or [row for row in used if _is_aside(row)]
+    dev = [row for row in used if row.get("split") == "dev"]
+    if len(dev) * DEV_ENOUGH < len(used):
+        dev += [row for row in used if row.get("split") != "dev" and _is_aside(row)]
     chosen = {id(row) for row in dev}
     return [row for row in used if id(row) not in chosen], dev
 

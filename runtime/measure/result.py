@@ -111,7 +111,7 @@ class BenchResult(Frozen):
     """Two engines measured side by side. ``flabc.json`` beside it says what made them.
 
     ``foreign_cores`` has the cores that others kept busy, on average, during each round; ``sweep`` what was measured
-    at other lengths and batches.
+    at other lengths and batches. ``grid_g_per_kwh`` is what somebody said that the machine's electricity costs in CO2.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -123,3 +123,4 @@ class BenchResult(Frozen):
     roofline: Roofline | None = None
     foreign_cores: tuple[float, ...] = ()
     sweep: tuple[Cell, ...] = ()
+    grid_g_per_kwh: float | None = None

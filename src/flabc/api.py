@@ -394,6 +394,7 @@ def bench(
     workload: Workload | None = None,
     sweep: Sequence[Workload] = (),
     corpus: str = "python-stdlib",
+    grid_g_per_kwh: float | None = None,
     force: bool = False,
 ) -> BenchReport:
     """Measure an engine beside another and write the report.
@@ -405,6 +406,8 @@ def bench(
         workload: what each run does.
         sweep: other lengths of prompts and batches, measured as well.
         corpus: the text for prompts and perplexity, of which the held-out side is used.
+        grid_g_per_kwh: grams of CO2 that the machine's electricity costs a kWh; where energy can be read, the report
+            estimates by it what a token costs.
         force: replace a folder that is not empty.
 
     Raises:
@@ -422,6 +425,7 @@ def bench(
     longest = max([workload, *sweep], key=lambda each: each.prompt_tokens)
     prompts = prompt_texts(corpus, longest.model_copy(update={"rounds": workload.rounds}))
     result = measure(Path(engine), Path(baseline), workload, prompts, texts, sweep)
+    result = result.model_copy(update={"grid_g_per_kwh": grid_g_per_kwh})
     with artifact.create(output, "report", force=force) as draft:
         (draft.path / "bench.json").write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
         report.write_html(result, draft.path / "report.html")

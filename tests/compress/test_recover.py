@@ -112,6 +112,11 @@ def test_the_side_test_is_never_seen() -> None:
     train, dev = sides([{"prompt": str(n), "solution": ""} for n in range(200)])
     assert len(train) + len(dev) == 200
     assert 8 < len(dev) < 40
+    few = [{"prompt": str(n), "solution": "", "split": "dev" if n < 2 else "train"} for n in range(200)]
+    train, dev = sides(few)
+    assert len(train) + len(dev) == 200
+    assert {"0", "1"} < {row["prompt"] for row in dev}
+    assert 8 < len(dev) < 40
 
 
 def test_rows_without_a_solution_are_refused() -> None:

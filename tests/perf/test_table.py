@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from flabc.perf.table import Row, as_dict, as_markdown, as_rich, conversion, interval_text, quantity, rows, times
-from flabc.runtime.measure.result import BenchResult, Roofline, Sample
+from flabc.runtime.measure.result import BenchResult, Energy, Roofline, Sample
 
 KEYS = [
     "parameters",
@@ -36,6 +36,16 @@ def row(ratio: float, interval: tuple[float, float] | None = None, better: Any =
 
 def test_rows_come_in_the_readers_order(result: BenchResult) -> None:
     assert [row.key for row in rows(result)] == KEYS
+
+
+def test_co2_is_estimated_only_from_energy_that_was_read(result: BenchResult) -> None:
+    grid = result.model_copy(update={"grid_g_per_kwh": 360.0})
+    assert not {"joules_per_token", "co2_mg_per_token"} & {row.key for row in rows(grid)}
+    read = changed(grid, energy=Energy(counter="RAPL", joules_per_token=0.5, idle_w=1, window_s=2, tokens=9))
+    (co2,) = (row for row in rows(read) if row.key == "co2_mg_per_token")
+    assert (co2.dense, co2.pruned) == (pytest.approx(0.05), pytest.approx(0.05))  # 0.1 mg a joule
+    assert "360 g/kWh" in co2.label
+    assert "co2_mg_per_token" not in {row.key for row in rows(read.model_copy(update={"grid_g_per_kwh": None}))}
 
 
 def limited(result: BenchResult) -> BenchResult:

@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 )
 @click.option("--threads", type=AT_LEAST_ONE, help="Threads for the computation.")
 @click.option("--provider", default="auto", show_default=True, help="Where to run: cpu, cuda or tensorrt.")
+@click.option(
+    "--grid-intensity",
+    type=click.FloatRange(0, min_open=True),
+    help="Grams of CO2 a kWh costs here: the report estimates them where energy can be read.",
+)
 @click.option("--shape", help="Instead of ENGINE: random weights of a published model's shape, e.g. llama-2-70b.")
 @click.option("--cut", help="With --shape: the share of parameters that goes, or a cut's name.  [default: 0.22]")
 @CORPUS
@@ -46,6 +51,7 @@ def bench(
     output: str | None,
     prompt_tokens: Sequence[int],
     batch: Sequence[int],
+    grid_intensity: float | None,
     shape: str | None,
     cut: str | None,
     corpus: str,
@@ -84,6 +90,7 @@ def bench(
         workload=first,
         sweep=sweep,
         corpus=corpus,
+        grid_g_per_kwh=grid_intensity,
         force=force,
     )
 
