@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -193,6 +194,24 @@ def test_a_transcript_is_replayed_and_written_anew(model: str, wanted: Path, tmp
     assert searching.search(model, wanted, tmp_path / "out", more, resume=True).evaluations == 3
     with pytest.raises(UsageError, match="nobody to ask"):
         searching.search(model, wanted, tmp_path / "other", Options(operator="llm"))
+    both = options.model_copy(update={"llm_folder": model})
+    with pytest.raises(UsageError, match="nobody to ask, or several"):
+        searching.search(model, wanted, tmp_path / "other", both)
+
+
+def test_a_model_here_is_asked_and_counted(model: str, wanted: Path, tmp_path: Path) -> None:
+    """A random one says nothing of use, which is counted; what it says is the session's answer to the same seed."""
+    talker = shutil.copytree(model, tmp_path / "talker")
+    config = json.loads((talker / "config.json").read_text())
+    (talker / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
+    asked = {"operator": "llm", "evaluations": 3, "llm_folder": str(talker), "fallback": "evolution"}
+    found = searching.search(model, wanted, tmp_path / "out", SMALL.model_copy(update=asked))
+    assert found.asked >= 2
+    assert (found.valid, found.evaluations) == (0, 3)
+    replies = [json.loads(line) for line in (tmp_path / "out" / "transcript.jsonl").read_text().splitlines()]
+    assert len({reply["text"] for reply in replies}) == found.asked  # another seed for each
+    assert found.completion_tokens == sum(reply["completion_tokens"] for reply in replies) > 0
+    assert found.prompt_tokens > 100 * found.asked
 
 
 def test_the_command_prints_a_table_or_one_object(model: str, wanted: Path, tmp_path: Path) -> None:

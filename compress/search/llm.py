@@ -27,6 +27,9 @@ from .operators import Candidate, Proposals, Task, evolution
 #: Times that one answer is asked for again when it does not validate.
 RETRIES = 3
 
+#: Characters of an answer that cannot be used which are repeated when it is asked for again: they cost room.
+REPEATED = 1000
+
 #: Genomes of the past that the model is shown, the best ones.
 SHOWN = 10
 
@@ -131,7 +134,7 @@ def _proposed(
             found = _candidates(task, text, seen)
         except ValueError as error:
             again = _render("again.j2", problem=str(error)[:1000])
-            messages += [{"role": "assistant", "content": text}, {"role": "user", "content": again}]
+            messages += [{"role": "assistant", "content": text[:REPEATED]}, {"role": "user", "content": again}]
             continue
         dialogue.valid += 1
         return found

@@ -6,7 +6,8 @@ import csv
 import io
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,10 +18,11 @@ import yaml
 from flabc import artifact
 from flabc.compress.config import Target, VocabConfig, WidthsConfig
 from flabc.console import Advance, note, progress
-from flabc.errors import UnknownNameError, UsageError, require
+from flabc.errors import FlabcError, LanguageModelError, UnknownNameError, UsageError, require
 from flabc.frozen import Frozen
 from flabc.recipe import Recipe
 from flabc.recipe import load as load_recipe
+from flabc.source import model_folder
 
 if TYPE_CHECKING:
     from flabc.compress.data.corpus import Document
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from flabc.compress.search.fitness import Fitness, Rung
     from flabc.compress.search.genome import Genome
     from flabc.compress.search.journal import Journal
-    from flabc.compress.search.llm import Client
+    from flabc.compress.search.llm import Client, Dialogue, Message
     from flabc.compress.search.loop import Best
     from flabc.compress.search.operators import Task
     from flabc.compress.search.population import Population
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
 #: The files of an output folder.
 JOURNAL, RECIPE, CANDIDATES, SUMMARY = "journal.sqlite", "recipe.yaml", "candidates.csv", "search.json"
 TRANSCRIPT = "transcript.jsonl"
+
+#: Of a language model that is run here: tokens of a conversation at most, an answer's share of them, the temperature.
+LLM_LENGTH, LLM_SHARE, LLM_TEMPERATURE = 16384, 0.25, 0.7
 
 #: What is counted of a dialogue with a language model.
 COUNTED = ("asked", "valid", "prompt_tokens", "completion_tokens")
@@ -47,8 +52,8 @@ class Options(Frozen):
 
     ``sequences`` are the calibration windows that candidates are compared on: all on the first number of them, the
     survivors on the next; ``levels`` the sizes that each place can have; ``evaluate_on`` the corpora of held-out text.
-    The operator ``llm`` asks ``llm_model`` at ``llm_url``, or takes its replies from a transcript; when that fails for
-    good, the search ends unless a ``fallback`` goes on.
+    The operator ``llm`` asks ``llm_model`` at ``llm_url``, or the model in ``llm_folder``, which is run here, or takes
+    its replies from a transcript; when that fails for good, the search ends unless a ``fallback`` goes on.
     """
 
     operator: str = "evolution"
@@ -60,6 +65,7 @@ class Options(Frozen):
     evaluate_on: tuple[str, ...] = ()
     llm_url: str | None = None
     llm_model: str | None = None
+    llm_folder: str | None = None
     llm_replay: Path | None = None
     fallback: Literal["evolution"] | None = None
 
@@ -139,17 +145,24 @@ def search(
     at = _widths_at(parsed)
     _check(options, parsed)
     out = _folder(Path(output), resume=resume, force=force)
-    with Journal(out / JOURNAL) as journal:
-        return _searched(model, parsed, at, out, options, journal, device, seed)
+    with Journal(out / JOURNAL) as journal, _dialogue(options, journal, seed) as dialogue:
+        return _searched(model, parsed, at, out, options, journal, dialogue, device, seed)
 
 
 def _searched(
-    name: str, recipe: Recipe, at: int, out: Path, options: Options, journal: Journal, device: str, seed: int
+    name: str,
+    recipe: Recipe,
+    at: int,
+    out: Path,
+    options: Options,
+    journal: Journal,
+    dialogue: Dialogue | None,
+    device: str,
+    seed: int,
 ) -> Searched:
     from flabc.compress import load, pipeline
     from flabc.compress.search import loop
     from flabc.compress.search.fitness import Fitness
-    from flabc.compress.search.llm import Dialogue
     from flabc.compress.search.population import check_apart
     from flabc.compress.search.registry import OPERATORS
 
@@ -158,9 +171,6 @@ def _searched(
     context = replace(context, heldout=_heldout(context, options))
     check_apart(context.documents, context.heldout)
     journal.settle(_settings(model, recipe, options, context))
-    dialogue = None
-    if options.operator == "llm":
-        dialogue = Dialogue(_client(options, journal, seed), journal, options.fallback is not None)
     population, task = _prepared(model, recipe, at, options, context)
     task = replace(task, dialogue=dialogue)
     with progress("searching", options.evaluations, covers=True) as advance:
@@ -250,9 +260,12 @@ def _check(options: Options, recipe: Recipe) -> None:
 
     if options.operator not in OPERATORS:
         raise UnknownNameError("operator", options.operator, OPERATORS)
-    asks = options.llm_replay is not None or (options.llm_url is not None and options.llm_model is not None)
-    if options.operator == "llm" and not asks:
-        raise UsageError("The operator llm has nobody to ask.", fix="Give --llm-url and --llm-model, or --llm-replay.")
+    whom = [options.llm_replay, options.llm_folder, options.llm_url and options.llm_model]
+    if options.operator == "llm" and len([each for each in whom if each is not None]) != 1:
+        raise UsageError(
+            "The operator llm has nobody to ask, or several.",
+            fix="Give one of --llm-url with --llm-model, --llm-folder, or --llm-replay.",
+        )
     rising = (0, *options.sequences)
     if any(before >= after for before, after in pairwise(rising)) or rising[-1] > recipe.calibration.sequences:
         raise UsageError(
@@ -302,15 +315,46 @@ def _settings(model: CausalLM, recipe: Recipe, options: Options, context: Contex
     }
 
 
-def _client(options: Options, journal: Journal, seed: int) -> Client:
-    """Whom the operator ``llm`` asks."""
+@contextmanager
+def _dialogue(options: Options, journal: Journal, seed: int) -> Iterator[Dialogue | None]:
+    """The operator ``llm``'s conversation with whom it asks; the others have none."""
     from flabc.compress.search.client import endpoint, transcript
+    from flabc.compress.search.llm import Dialogue
 
+    if options.operator != "llm":
+        yield None
+        return
+    fallback = options.fallback is not None
     if options.llm_replay is not None:
-        return transcript(options.llm_replay, len(journal.replies))
-    assert options.llm_url is not None, "it was checked"
-    assert options.llm_model is not None, "it was checked"
-    return endpoint(options.llm_url, options.llm_model, seed)
+        yield Dialogue(transcript(options.llm_replay, len(journal.replies)), journal, fallback)
+    elif options.llm_folder is not None:
+        with model_folder(options.llm_folder) as source:
+            yield Dialogue(_here(source.folder, journal, seed), journal, fallback)
+    else:
+        assert options.llm_url is not None, "it was checked"
+        assert options.llm_model is not None, "it was checked"
+        yield Dialogue(endpoint(options.llm_url, options.llm_model, seed), journal, fallback)
+
+
+def _here(folder: Path, journal: Journal, seed: int) -> Client:
+    """A model that is run in this process; its n-th reply is drawn with the seed's n-th successor."""
+    from flabc.compress.search.journal import Reply
+    from flabc.runtime.backend import Limits
+    from flabc.runtime.sampling import SamplingParams
+    from flabc.runtime.session import Session
+
+    session = Session.open(folder, limits=Limits(max_length=LLM_LENGTH))
+
+    def ask(messages: Sequence[Message]) -> Reply:
+        most = int(LLM_SHARE * session.backend.limits.max_length)  # the rest is for asking again
+        params = SamplingParams(max_tokens=most, temperature=LLM_TEMPERATURE, seed=seed + len(journal.replies))
+        try:
+            said = session.generate([dict(each) for each in messages], params)
+        except FlabcError as error:  # no template, or no room for an answer
+            raise LanguageModelError(f"The language model in {folder} does not answer: {error}") from error
+        return Reply(said.text, said.prompt_tokens, len(said.token_ids))
+
+    return ask
 
 
 def _rungs(population: Population, options: Options) -> list[Rung]:

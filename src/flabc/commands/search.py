@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 @click.option("--evaluate-on", multiple=True, help="A corpus to evaluate on, which was not searched on; repeatable.")
 @click.option("--llm-url", help="For llm: an OpenAI-compatible endpoint; its key in OPENAI_API_KEY.")
 @click.option("--llm-model", help="For llm: the model's name there.")
+@click.option("--llm-folder", help="For llm: a model that is run here: an engine, or whatever MODEL can be.")
 @click.option(
     "--llm-replay",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
