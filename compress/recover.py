@@ -26,7 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from flabc.console import Advance, progress
 from flabc.errors import ModelError, RecoveryError
 from flabc.families import family_named
-from flabc.families.per_layer import MODELING, modeling_code
+from flabc.families.per_layer import has_own_module
 from flabc.spec import ModelSpec
 
 from .config import Recovery
@@ -98,15 +98,10 @@ def open_model(folder: Path, spec: ModelSpec) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    file = folder / MODELING
-    if file.is_file() and file.read_text(encoding="utf-8") != modeling_code(family_named(spec.family)):
-        raise ModelError(
-            f"{file} is not the module that this version of flabc writes, and is not run.",
-            fix="Make the checkpoint again.",
-        )
+    own = has_own_module(folder, family_named(spec.family))
     with quiet_transformers():
         return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=file.is_file()
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=own
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from pydantic import ValidationError
 
+from flabc import artifact
 from flabc.console import note
 from flabc.errors import EngineError, FlabcError, MissingExtraError, UsageError
 from flabc.frozen import Frozen
@@ -207,11 +208,7 @@ class Suite:
 
     def _write(self, name: str, record: Frozen) -> None:
         """Whole or not at all, whenever it is stopped."""
-        file = self._folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draft = file.with_name(f".{file.name}.part")
-        draft.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        draft.replace(file)
+        artifact.write_whole(self._folder / name, record.model_dump_json(indent=1) + "\n")
 
     def _engines(self, machine: Machine) -> str:
         """Measure two engine folders; where the figures are, or why there are none."""

@@ -211,3 +211,12 @@ def tiny_dense_engine(tiny: Callable[[str], Path], tiny_checkpoint: Path) -> Pat
     out = tiny_checkpoint.parent / "dense-engine"
     api.export(tiny("qwen2-tied"), out)
     return out
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads only wait for each other on tiny models."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -11,12 +11,11 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from click.testing import CliRunner
 
@@ -28,12 +27,7 @@ from flabc.searching import Options, Searched
 SMALL = Options(evaluations=40, offspring=8, levels=6, sequences=(2, 6))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +194,7 @@ def test_a_transcript_is_replayed_and_written_anew(model: str, wanted: Path, tmp
 
 
 def test_a_model_here_is_asked_and_counted(model: str, wanted: Path, tmp_path: Path) -> None:
-    """A random one says nothing of use, which is counted; what it says is the session's answer to the same seed."""
+    """A random one says nothing of use, which is counted."""
     talker = shutil.copytree(model, tmp_path / "talker")
     config = json.loads((talker / "config.json").read_text())
     (talker / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))

@@ -16,7 +16,7 @@ import numpy as np
 from flabc.console import note
 from flabc.errors import EngineError, UnknownNameError, require
 from flabc.families import family_named
-from flabc.families.per_layer import MODELING, modeling_code
+from flabc.families.per_layer import has_own_module
 from flabc.runtime.backend import Ids, Limits, Logits
 from flabc.spec import ModelSpec
 
@@ -47,14 +47,14 @@ class TorchBackend:
         transformers: Any = require("transformers", "compress")
         if limits.threads is not None:
             self._torch.set_num_threads(limits.threads)
-        device = "cpu" if limits.provider == "auto" else limits.provider
-        if device not in ("cpu", "cuda"):
-            raise UnknownNameError("provider", device, ("auto", "cpu", "cuda"))
-        if device == "cuda" and not self._torch.cuda.is_available():
-            raise EngineError("CUDA was asked for.", found="a torch that sees no CUDA device")
+        device = device_of(self._torch, limits.provider)
         if limits.dtype not in DTYPES:
             raise UnknownNameError("dtype", limits.dtype, DTYPES)
-        if limits.dtype == "bfloat16" and device == "cpu" and not self._torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if (
+            limits.dtype == "bfloat16"
+            and device.type == "cpu"
+            and not self._torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        ):
             note(
                 "this processor has no units for bfloat16, which is computed in software: float32 is many times faster"
             )
@@ -65,7 +65,7 @@ class TorchBackend:
             folder,
             dtype=getattr(self._torch, limits.dtype),
             local_files_only=True,
-            trust_remote_code=has_own_module(folder, spec),
+            trust_remote_code=has_own_module(folder, self._family),
         )
         transformers.logging.set_verbosity(verbosity)
         self._model = model.to(device).eval()
@@ -209,21 +209,18 @@ class TorchBackend:
         return array
 
 
-def has_own_module(folder: Path, spec: ModelSpec) -> bool:
-    """Whether a model is built by a module in its folder, which is run only if flabc would write the same.
+def device_of(torch: Any, provider: str) -> Any:
+    """The device of a provider: ``auto`` is the processor.
 
     Raises:
-        EngineError: if it is other code.
+        UnknownNameError: if it is neither ``auto``, ``cpu`` nor ``cuda``.
+        EngineError: if it is ``cuda``, and torch sees none.
     """
-    file = folder / MODELING
-    if not file.is_file():
-        return False
-    if file.read_text(encoding="utf-8") != modeling_code(family_named(spec.family)):
-        raise EngineError(
-            f"{file} is not the module that this version of flabc writes, and is not run.",
-            fix="Make the checkpoint again, or load it in transformers if you trust it.",
-        )
-    return True
+    if provider not in ("auto", "cpu", "cuda"):
+        raise UnknownNameError("provider", provider, ("auto", "cpu", "cuda"))
+    if provider == "cuda" and not torch.cuda.is_available():
+        raise EngineError("CUDA was asked for.", found="a torch that sees no CUDA device")
+    return torch.device("cuda", 0) if provider == "cuda" else torch.device("cpu")
 
 
 def _windows(config: Any) -> dict[str, int | None]:

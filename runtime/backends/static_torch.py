@@ -18,6 +18,7 @@ from flabc.runtime.backend import Ids, Limits, Logits
 from flabc.spec import ModelSpec
 
 from .fixed_cache import FixedCache
+from .reference import device_of
 
 #: What it can compute in, as torch calls it.
 DTYPES = ("float32", "bfloat16", "float16")
@@ -102,20 +103,6 @@ class StaticTorch(FixedCache):
     def _numpy(self, logits: Any) -> Logits:
         array: Logits = logits.float().cpu().numpy()
         return array.copy()  # what is on the processor would be a view
-
-
-def device_of(torch: Any, provider: str) -> Any:
-    """The device of a provider: ``auto`` is the processor, as in the other backend of torch.
-
-    Raises:
-        UnknownNameError: if it is neither ``auto``, ``cpu`` nor ``cuda``.
-        EngineError: if it is ``cuda``, and torch sees none.
-    """
-    if provider not in ("auto", "cpu", "cuda"):
-        raise UnknownNameError("provider", provider, ("auto", "cpu", "cuda"))
-    if provider == "cuda" and not torch.cuda.is_available():
-        raise EngineError("CUDA was asked for.", found="a torch that sees no CUDA device")
-    return torch.device("cuda", 0) if provider == "cuda" else torch.device("cpu")
 
 
 def rotary_of(folder: Path, spec: ModelSpec) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from flabc.artifact import Artifact
 from flabc.errors import EngineError, require
 from flabc.runtime.backend import Limits
 from flabc.runtime.scheduler import Policy
@@ -86,7 +87,8 @@ def serve(
     with listen(host, port) as probe:  # told now and in our words, not by a proxy's trace
         port = probe.getsockname()[1]
     limits = replace(limits, threads=limits.threads or max(1, (os.cpu_count() or 1) // replicas.count))
-    Session.open(folder, limits=replace(limits, max_batch=1))  # an engine that is damaged is told now as well
+    if Artifact.is_at(folder):
+        _ = Artifact.open(folder).model  # damage is told now as well; the replicas run it, and this host may not
     _join(ray, replicas)
     told = _Told()  # after Ray, which takes SIGTERM for a crash
     try:

@@ -243,6 +243,14 @@ def check_free(out: Path | str, *, force: bool) -> None:
         )
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write a file as a whole, or, if that is cut off, leave what was there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_name(f"{file.name}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(file)
+
+
 def folder_bytes(folder: Path) -> int:
     """Bytes of all files in a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

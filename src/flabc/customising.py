@@ -85,7 +85,8 @@ def customise(
             if not failed:
                 raise CorpusError(f"The model solves all {len(asked)} tasks: there is nothing left to learn of them.")
             right = _right(_answers(failed, dense, options, folder / "teacher", "the dense model"))
-            _write([_targeted(row, right) for row in failed], out)
+            rows_left = (json.dumps(_targeted(row, right)) + "\n" for row in failed)
+            artifact.write_whole(out, "".join(rows_left))
     return Customised(
         path=out,
         tasks=len(rows),
@@ -133,9 +134,3 @@ def _targeted(row: Mapping[str, Any], right: Mapping[str, str]) -> dict[str, Any
     if answer is None:
         return {**row, "canonical_solution": mined.solution(row), "target": "canonical"}
     return {**row, "canonical_solution": f"{answer.rstrip()}\n", "target": "teacher"}
-
-
-def _write(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
-    new = out.with_name(f"{out.name}.new")
-    new.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    new.replace(out)

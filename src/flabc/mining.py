@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from flabc import artifact
 from flabc.compress.data import mining
 from flabc.compress.data.mining import Task
 from flabc.compress.data.overlap import Benchmark, distinct
@@ -88,9 +89,12 @@ def mine(
     require("datasketch", "data")
     benchmark = Benchmark(f"{row['prompt']}{row['canonical_solution']}" for row in humaneval.rows(None))
     read = list(_read(sources))
-    wanted = [project for project in read if _is_wanted(project.licence, licences)]
-    found = _mined(wanted, keep_doctests=keep_doctests)
-    functions = len(found) + len(_mined([project for project in read if project not in wanted]))
+    mined = [
+        (project, list(mining.mine(project, keep_doctests=keep_doctests)))
+        for project in track(read, "looking for doctests", len(read))
+    ]
+    functions = sum(len(each) for _, each in mined)
+    found = [each for project, some in mined if _is_wanted(project.licence, licences) for each in some]
     complete = sorted((each for each in found if isinstance(each, Task)), key=lambda task: task.task_id)
     single = distinct(complete, [task.function for task in complete])
     unknown = [task for task in single if not benchmark.knows(task.function)]
@@ -105,7 +109,7 @@ def mine(
             expected="functions whose docstrings have doctests",
             found=f"{functions} such functions, of which {len(complete)} run by themselves",
         )
-    _write(tasks, out)
+    artifact.write_whole(out, "".join(json.dumps(asdict(task)) + "\n" for task in tasks))
     return Mined(
         path=out,
         counts=Counts(
@@ -150,11 +154,6 @@ def _read(sources: Sequence[str]) -> Iterator[Project]:
                     yield project
 
 
-def _mined(wanted: Sequence[Project], *, keep_doctests: bool = False) -> list[Task | str]:
-    each = track(wanted, "looking for doctests", len(wanted))
-    return [found for project in each for found in mining.mine(project, keep_doctests=keep_doctests)]
-
-
 def _is_wanted(licence: str, wanted: Sequence[str]) -> bool:
     """Whether all licences that hold at once are wanted, and one of each that can be chosen (SPDX's AND and OR)."""
     if not wanted:
@@ -180,14 +179,6 @@ def _graded(
             if verdict.passed is passed:
                 right.add(index)
     return [task for index, task in enumerate(tasks) if index in right]
-
-
-def _write(tasks: Sequence[Task], out: Path) -> None:
-    """Write the file as a whole, or leave what was there."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    new = out.with_name(f"{out.name}.new")
-    new.write_text("".join(json.dumps(asdict(task)) + "\n" for task in tasks), encoding="utf-8")
-    new.replace(out)
 
 
 def _tally(names: Iterator[str]) -> dict[str, int]:

@@ -411,11 +411,13 @@ def _recipe_with(
 def _write(found: Searched, population: Population, fitness: Fitness) -> None:
     """The recipe, every candidate, and the summary; each file whole or as it was."""
     comment = f"# Made by flabc search; compress with --seed {found.seed}.\n"
-    _replace(found.path / RECIPE, comment + yaml.safe_dump(found.recipe, sort_keys=False, default_flow_style=None))
-    _replace(found.path / SUMMARY, found.model_dump_json(indent=2, exclude={"path"}) + "\n")
+    artifact.write_whole(
+        found.path / RECIPE, comment + yaml.safe_dump(found.recipe, sort_keys=False, default_flow_style=None)
+    )
+    artifact.write_whole(found.path / SUMMARY, found.model_dump_json(indent=2, exclude={"path"}) + "\n")
     if found.asked:
         replies = (json.dumps(vars(reply)) for _, reply in sorted(fitness.journal.replies.items()))
-        _replace(found.path / TRANSCRIPT, "".join(f"{line}\n" for line in replies))
+        artifact.write_whole(found.path / TRANSCRIPT, "".join(f"{line}\n" for line in replies))
     space, known, text = population.space, fitness.journal.known, io.StringIO()
     rest = population.model.spec.num_parameters - space.parameters(space.tops)
     table = csv.writer(text, lineterminator="\n")
@@ -427,10 +429,4 @@ def _write(found: Searched, population: Population, fitness: Fitness) -> None:
         kl = fitness.score(genome, reached - 1).kl
         parameters = rest + space.parameters(space.levels(genome))
         table.writerow([number, origin, repair, parameters, reached, kl, genome.key])
-    _replace(found.path / CANDIDATES, text.getvalue())
-
-
-def _replace(file: Path, text: str) -> None:
-    new = file.with_name(f"{file.name}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(file)
+    artifact.write_whole(found.path / CANDIDATES, text.getvalue())

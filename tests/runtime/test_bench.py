@@ -68,6 +68,29 @@ def test_a_sweep_measures_every_cell_in_turns(
     assert (result.candidate.energy.joules_per_token is None) == (result.candidate.energy.missing is not None)
 
 
+def test_energy_is_of_all_tokens_of_a_batch_by_the_providers_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Counter:
+        name = "test"
+
+    def find(provider: str) -> Counter:
+        asked.append(provider)
+        return Counter()
+
+    monkeypatch.setattr(bench, "find_counter", find)
+    monkeypatch.setattr(bench, "measure_energy", lambda counter, work: work())
+    timed: Any = Timed(1)
+    workload = SMALL.model_copy(update={"batch": 3, "provider": "cuda"})
+    assert bench._energy(timed, TEXT, workload) == 3 * SMALL.output_tokens
+    assert asked == ["cuda"]
+
+
+def test_the_provider_reaches_the_worker(tiny_engine: Path) -> None:
+    with pytest.raises(EngineError, match="CUDAExecutionProvider"):
+        process.Process(tiny_engine, SMALL.model_copy(update={"provider": "cuda"}))
+
+
 def test_a_batch_makes_the_tokens_that_each_row_would_alone(tiny_engine: Path) -> None:
     worker = Worker(str(tiny_engine), max_length=12, max_batch=3, threads=None, provider="auto")
     ids = worker.session.codec.encode_plain(TEXT)[:8]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import socket
 import subprocess
@@ -145,3 +146,12 @@ def test_an_address_that_is_taken_is_told(tiny_engine: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert f"Cannot listen on 127.0.0.1:{port}" in done.stderr
+
+
+def test_an_engine_that_is_damaged_is_told_before_anything_starts(tiny_engine: Path, tmp_path: Path) -> None:
+    harmed = shutil.copytree(tiny_engine, tmp_path / "harmed")
+    (harmed / "model.onnx.data").write_bytes(b"no weights")
+    command = [sys.executable, "-m", "flabc", "serve", str(harmed), "--ray", "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "model.onnx.data" in done.stderr

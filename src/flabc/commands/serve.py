@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from flabc.errors import UsageError, require
 
 from .parameters import AT_LEAST_ONE, Size, json_option
-
-if TYPE_CHECKING:
-    from flabc.runtime.backend import Limits
-    from flabc.runtime.scheduler import Policy
-    from flabc.runtime.server.app import Access
 
 SECONDS = click.FloatRange(0, min_open=True)
 
@@ -118,28 +112,14 @@ def serve(
         about: dict[str, Any] = {"host": host, "port": port, "drain_s": drain_timeout, "started": started}
         several.serve(folder, known, limits, policy, access, where, **about)
         return
-    _alone(folder, known, limits, policy, access, host, port, drain_timeout, started)
-
-
-def _alone(
-    folder: Path,
-    name: str,
-    limits: Limits,
-    policy: Policy,
-    access: Access,
-    host: str,
-    port: int,
-    drain_s: float,
-    started: Callable[[int], None],
-) -> None:
-    """Serve from this process."""
     from flabc.runtime.server.app import build
-    from flabc.runtime.server.process import listen, serve
+    from flabc.runtime.server.process import listen
+    from flabc.runtime.server.process import serve as run
     from flabc.runtime.session import Session
 
-    listening = listen(host, port, policy.timeout_s)
-    app = build(Session.open(folder, limits=limits), name, policy, access)
-    serve(app, listening, drain_s=drain_s, started=lambda: started(listening.getsockname()[1]))
+    listening = listen(host, port, timeout)
+    app = build(Session.open(folder, limits=limits), known, policy, access)
+    run(app, listening, drain_s=drain_timeout, started=lambda: started(listening.getsockname()[1]))
 
 
 def _keys(file: Path) -> list[str]:

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import resources
+from pathlib import Path
 from typing import Any
+
+from flabc.errors import ModelError
 
 from .family import Family, Part
 
@@ -32,6 +35,23 @@ def modeling_code(family: Family) -> str:
     norms = {str(part): _norms(family, part) for part in (Part.ATTENTION, Part.FFN)}
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
     return environment.from_string(template).render(module=module, layer=layer, norms=norms, family=family)
+
+
+def has_own_module(folder: Path, family: Family) -> bool:
+    """Whether a model is built by a module in its folder, which is run only if flabc would write the same.
+
+    Raises:
+        ModelError: if it is other code.
+    """
+    file = folder / MODELING
+    if not file.is_file():
+        return False
+    if file.read_text(encoding="utf-8") != modeling_code(family):
+        raise ModelError(
+            f"{file} is not the module that this version of flabc writes, and is not run.",
+            fix="Make the checkpoint again, or load it in transformers if you trust it.",
+        )
+    return True
 
 
 def _norms(family: Family, part: Part) -> list[str]:
