@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +216,8 @@ def tiny_dense_engine(tiny: Callable[[str], Path], tiny_checkpoint: Path) -> Pat
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Threads only wait for each other on tiny models."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
