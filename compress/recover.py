@@ -94,7 +94,7 @@ def open_model(folder: Path, spec: ModelSpec) -> Any:
     """A folder's model in transformers, float32.
 
     Raises:
-        ModelError: if the folder's module is not the one that flabc writes: it is not run then.
+        EngineError: if the folder's module is not the one that flabc writes: it is not run then.
     """
     from transformers import AutoModelForCausalLM
 

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from flabc.errors import ModelError
+from flabc.errors import EngineError
 
 from .family import Family, Part
 
@@ -41,13 +41,13 @@ def has_own_module(folder: Path, family: Family) -> bool:
     """Whether a model is built by a module in its folder, which is run only if flabc would write the same.
 
     Raises:
-        ModelError: if it is other code.
+        EngineError: if it is other code.
     """
     file = folder / MODELING
     if not file.is_file():
         return False
     if file.read_text(encoding="utf-8") != modeling_code(family):
-        raise ModelError(
+        raise EngineError(
             f"{file} is not the module that this version of flabc writes, and is not run.",
             fix="Make the checkpoint again, or load it in transformers if you trust it.",
         )
