@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from flabc import api
+from flabc import api, evaluating
 from flabc.errors import ArtifactError, EngineError, UsageError
 from flabc.perf.evaluation import read_records
 from flabc.runtime.evaluate import generation
@@ -151,7 +151,7 @@ def test_a_server_gives_perplexity_by_echo(tiny_engine: Path, served: Served, tm
     for n in range(12):
         (tmp_path / f"{n}.py").write_text(f"def f{n}(x):\n    return x + {n}\n")
     options = EvalOptions(corpus=str(tmp_path))
-    texts = api.heldout_texts(str(tmp_path))
+    texts = evaluating.heldout_texts(str(tmp_path))
     session, server = Session.open(tiny_engine), Server(served.url, options)
     for text in texts.values():
         scores = server.token_logprobs(text)
@@ -189,7 +189,7 @@ def test_any_text_can_be_measured_long_ones_too(tiny_engine: Path, tmp_path: Pat
         (tmp_path / f"{n}.py").write_text(f"x{n} = 1\n" * 700)
     result = api.evaluate(tiny_engine, EvalOptions(corpus=str(tmp_path)))
     spec = Session.open(tiny_engine).spec
-    texts = api.heldout_texts(str(tmp_path))
+    texts = evaluating.heldout_texts(str(tmp_path))
     assert result.rows[0].target.n == len(texts) > 0
     assert all(
         len(Session.open(tiny_engine).codec.encode(text)) > spec.max_position_embeddings for text in texts.values()
