@@ -3,7 +3,7 @@
     python perf/server_fuzz.py engine --requests 10000
 
 Fails at the first reply that is a 5xx, takes longer than ``HANG_S``, or is none that the document promises. Writes what
-the server said, and its memory before and after, to ``perf/results/server-fuzz.json``.
+the server said, and its memory as it went on, to ``perf/results/server-fuzz.json``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ RESULT = Path(__file__).resolve().parent / "results" / "server-fuzz.json"
 #: A reply that takes longer is none.
 HANG_S = 60.0
 
+#: How often memory is read.
+STEPS = 20
+
 #: Tokens that a generated request may ask for: enough to run beside others.
 MAX_TOKENS = 8
 
@@ -33,24 +37,34 @@ def main() -> None:
     parser.add_argument("engine", type=Path)
     parser.add_argument("--requests", type=int, default=10_000)
     asked = parser.parse_args()
-    # A cache of prefixes that the first tenth fills: what grows once has grown then.
-    with Server(asked.engine, "--max-batch", "8", "--max-length", "512", "--prefix-cache", "8MB") as server:
-        fuzz(server.url, server.model, max(1, asked.requests // 10))
-        before, begun = server.rss_mib(), time.monotonic()
-        statuses = fuzz(server.url, server.model, asked.requests)
+    # A cache of prefixes that is soon full: what grows by design has grown then.
+    with Server(asked.engine, "--max-batch", "8", "--max-length", "512", "--prefix-cache", "1MB") as server:
+        memory, begun = {0: server.rss_mib()}, time.monotonic()
+
+        def watch(sent: int) -> None:
+            if sent % max(1, asked.requests // STEPS) == 0:
+                memory[sent] = server.rss_mib()
+
+        statuses = fuzz(server.url, server.model, asked.requests, watch)
         found = {
             "environment": environment_of(asked.engine),
             "requests": sum(statuses.values()),
             "seconds": round(time.monotonic() - begun, 1),
             "statuses": dict(sorted(statuses.items())),
-            "rss_mib": {"before": before, "after": server.rss_mib()},
+            "rss_mib": {str(sent): mib for sent, mib in memory.items()},
         }
     RESULT.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 
 
-def fuzz(url: str, model: str, count: int) -> Counter[int]:
+def fuzz(url: str, model: str, count: int, sent: Callable[[int], None] = lambda _: None) -> Counter[int]:
     """Send so many generated requests, right and wrong ones, to all operations; how often each status came back.
+
+    Args:
+        url: the server's.
+        model: what it serves.
+        count: how many requests.
+        sent: is told, after each reply, how many there were.
 
     Raises:
         MissingExtraError: if schemathesis is not installed.
@@ -75,6 +89,7 @@ def fuzz(url: str, model: str, count: int) -> Counter[int]:
         _aim(case, model)
         reply = case.call_and_validate(checks=promised, timeout=HANG_S)
         statuses[reply.status_code] += 1
+        sent(statuses.total())
 
     settings = hypothesis.settings(
         max_examples=count,

@@ -6,7 +6,7 @@ temperature, top-k, top-p, min-p. Log-probabilities are the model's own, before 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from pydantic import Field
 
 from flabc.frozen import Frozen
 
-from .backend import Logits
+from .backend import Ids, Logits
 
 #: Log-probabilities that may be asked for at each place, as OpenAI's API has it.
 MAX_LOGPROBS = 20
@@ -22,8 +22,9 @@ MAX_LOGPROBS = 20
 #: Temperatures below this are this: float32 has hardly smaller numbers, and nothing but the most likely token is left.
 LEAST_TEMPERATURE = 1e-30
 
-#: A nucleus is looked for among tokens of at least this probability first: sorting a whole vocabulary takes long.
-LIKELY = (1e-3, 1e-5, 0.0)
+#: What may be drawn is looked for first among tokens whose logit is so near to the highest: sorting a whole vocabulary
+#: takes long.
+LIKELY = (-7.0, -14.0, -28.0, -np.inf)
 
 #: Weights that are summed before a draw looks among them: nobody needs the running sum over a whole vocabulary.
 BLOCK = 256
@@ -91,7 +92,11 @@ class Sampler:
             logits = penalised(logits, self._seen, self._params.repetition_penalty)
         if self._params.temperature == 0:
             return int(np.argmax(logits))
-        return drawn(np.exp(processed(logits, self._params)), self._rng.random())
+        scores = tempered(logits, self._params.temperature)
+        kept = narrowed(scores, self._params)
+        if kept is None:
+            return drawn(np.exp(scores), self._rng.random())
+        return int(kept[drawn(np.exp(scores[kept]), self._rng.random())])
 
 
 def penalised(logits: Logits, seen: set[int], penalty: float) -> Logits:
@@ -102,32 +107,61 @@ def penalised(logits: Logits, seen: set[int], penalty: float) -> Logits:
     return changed
 
 
-def processed(logits: Logits, params: SamplingParams) -> Logits:
-    """Logits by temperature, top-k, top-p and min-p: 0 for the most likely, -inf for what may not be drawn. (V,)."""
+def tempered(logits: Logits, temperature: float) -> Logits:
+    """Logits by temperature, 0 for the most likely token. (V,) in and out."""
     with np.errstate(over="ignore"):  # almost no temperature: all but the most likely are out of reach
-        scores: Logits = (logits - logits.max()) / np.float32(max(params.temperature, LEAST_TEMPERATURE))
-    if 0 < params.top_k < len(scores):
-        scores[scores < np.partition(scores, -params.top_k)[-params.top_k]] = -np.inf
-    if params.top_p < 1:
-        scores = nucleus(scores, params.top_p)
-    if params.min_p > 0:
-        scores[scores < np.log(params.min_p)] = -np.inf
+        scores: Logits = (logits - logits.max()) / np.float32(max(temperature, LEAST_TEMPERATURE))
     return scores
 
 
-def nucleus(scores: Logits, top_p: float) -> Logits:
-    """Keep the smallest set of tokens whose probability reaches ``top_p`` (Holtzman et al., 2020). (V,) in and out."""
-    weights = np.exp(scores - scores.max())
-    total = float(weights.sum(dtype=np.float64))
-    for share in LIKELY:
-        likely = np.flatnonzero(weights >= share * total)
-        if weights[likely].sum(dtype=np.float64) >= top_p * total:
+def narrowed(scores: Logits, params: SamplingParams) -> Ids | None:
+    """The tokens that top-k, top-p and min-p leave to be drawn, ascending; None if they leave all.
+
+    Args:
+        scores: as ``tempered`` gives them, (V,).
+        params: how much they leave; each looks only at what the one before left.
+    """
+    steps = list[Callable[[Logits], Ids]]()
+    if 0 < params.top_k < len(scores):
+        steps.append(lambda some: most_likely(some, params.top_k))
+    if params.top_p < 1:
+        steps.append(lambda some: nucleus(some, params.top_p))
+    if params.min_p > 0:
+        steps.append(lambda some: np.flatnonzero(some >= np.log(params.min_p)))
+    left, kept = scores, None
+    for step in steps:
+        found = step(left)
+        kept, left = found if kept is None else kept[found], left[found]
+    return kept
+
+
+def most_likely(scores: Logits, count: int) -> Ids:
+    """Where the ``count`` highest scores are, ascending; all that equal the last of them too. Scores are (V,)."""
+    for least in LIKELY:
+        likely = np.flatnonzero(scores >= least)
+        if len(likely) >= count:
+            break
+    some = scores[likely]
+    found: Ids = likely[some >= np.partition(some, -count)[-count]]
+    return found
+
+
+def nucleus(scores: Logits, top_p: float) -> Ids:
+    """Where the smallest set of tokens is whose probability reaches ``top_p`` (Holtzman et al., 2020), ascending.
+
+    Args:
+        scores: 0 for the most likely, (V,).
+        top_p: below 1.
+    """
+    weights = np.exp(scores)
+    wanted = top_p * float(weights.sum())
+    for least in LIKELY:
+        likely = np.flatnonzero(scores >= least)
+        if weights[likely].sum() >= wanted:
             break
     order = likely[np.argsort(-weights[likely], kind="stable")]
-    needed = int(np.searchsorted(np.cumsum(weights[order], dtype=np.float64), top_p * total)) + 1
-    kept = np.full_like(scores, -np.inf)
-    kept[order[:needed]] = scores[order[:needed]]
-    return kept
+    needed = int(np.searchsorted(np.cumsum(weights[order], dtype=np.float64), wanted)) + 1
+    return np.sort(order[:needed])
 
 
 def drawn(weights: Logits, at: float) -> int:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from flabc.runtime.sampling import Sampler, SamplingParams, drawn, nucleus, penalised, processed, scored
+from flabc.runtime.sampling import Sampler, SamplingParams, drawn, narrowed, nucleus, penalised, scored, tempered
 
 logits = st.lists(st.floats(-20, 20), min_size=2, max_size=20).map(lambda some: np.array(some, np.float32))
 
@@ -30,7 +30,8 @@ def test_temperature_zero_takes_the_most_likely(some: Array) -> None:
 
 @given(logits, st.floats(0.05, 1))
 def test_the_nucleus_is_the_smallest_set_that_is_enough(some: Array, top_p: float) -> None:
-    p, inside = shares(some), np.isfinite(nucleus(some.astype(float), top_p))
+    p, inside = shares(some), np.zeros(len(some), bool)
+    inside[nucleus(some.astype(float) - some.max(), top_p)] = True
     assert p[inside].sum() >= top_p - 1e-9
     assert p[inside].sum() - p[inside].min() <= top_p + 1e-9
     assert not (~inside).any() or p[~inside].max() <= p[inside].min()
@@ -60,7 +61,10 @@ def test_logits_are_processed_as_transformers_does(spread: float, change: dict[s
     theirs = model._get_logits_processor(GenerationConfig(**given), input_ids_seq_length=len(seen))
     raw = np.random.default_rng(4).normal(0, spread, 3000).astype(np.float32)
     params = SamplingParams(**{"temperature": 1.0, **change})
-    ours = processed(penalised(raw, set(seen), params.repetition_penalty), params)
+    scores = tempered(penalised(raw, set(seen), params.repetition_penalty), params.temperature)
+    kept = narrowed(scores, params)
+    ours = scores if kept is None else np.full_like(scores, -np.inf)
+    ours[... if kept is None else kept] = scores[... if kept is None else kept]
     expected = theirs(torch.tensor([seen]), torch.from_numpy(raw)[None]).softmax(-1)[0].numpy()
     np.testing.assert_allclose(shares(ours), expected, rtol=2e-4, atol=1e-12)
     assert np.array_equal(np.isfinite(ours), expected > 0)
