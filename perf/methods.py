@@ -306,7 +306,7 @@ def compress(model: str, recipe: Recipe, folder: Path, *, emitted: bool) -> dict
     dense = load.load(model)
     started = time.monotonic()
     start = emitted_only(dense, recipe.calibration) if emitted else dense
-    cut, receipts, _ = pipeline.run(start, recipe.stages, target=recipe.target, calibration=recipe.calibration)
+    cut, receipts, heard = pipeline.run(start, recipe.stages, target=recipe.target, calibration=recipe.calibration)
     seconds = time.monotonic() - started
     write(cut, folder, recipe.model_dump(mode="json"), {"stages": [receipt.as_dict() for receipt in receipts]})
     shape = [layer.model_dump() for layer in cut.spec.layers]
@@ -316,6 +316,7 @@ def compress(model: str, recipe: Recipe, folder: Path, *, emitted: bool) -> dict
         "layers": shape if len({json.dumps(layer) for layer in shape}) > 1 else [len(shape), shape[0]],
         "seconds": round(seconds, 1),
         "cpu": environment()["cpu"],
+        "calibration": heard["calibration"],  # installed packages change
         "stages": [receipt.summary for receipt in receipts],
     }
 
