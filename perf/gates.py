@@ -33,7 +33,8 @@ def _each_known(kind: str, known: Any) -> AfterValidator:
     return AfterValidator(check)
 
 
-Rise = Annotated[float, Field(gt=0)]
+#: The share by which something may rise; below nought, by which it must have fallen.
+Rise = Annotated[float, Field(gt=-1)]
 
 
 class QualityGate(Frozen):
@@ -66,7 +67,7 @@ class Gates(Frozen):
         budget_s: seconds after which measuring stops, decided or not.
         alpha: the chance that may be taken of any false alarm among the speeds.
         max_foreign_cores: cores that others may keep busy; pairs measured beside more are not counted.
-        speed: by metric, the share by which it may rise, such as 0.03.
+        speed: by metric, the share by which it may rise, such as 0.03; below nought, by which it must have fallen.
         size: likewise.
         quality: by task of ``flabc eval``.
         parity: whether the engine's own proof must hold.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -81,6 +82,7 @@ def test_the_readme_runs(tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, f"{block}\n{done.stderr}"
     _check_the_promise(tmp_path)
+    _hold_the_demo_to_its_gates(tmp_path, environment)
 
 
 def test_the_readme_serves(tiny_engine: Path, tmp_path: Path) -> None:
@@ -138,6 +140,17 @@ def test_the_systemd_unit_is_one(tmp_path: Path) -> None:
     known.write_text(unit.replace("/opt/flabc/bin/flabc", sys.executable))  # it has to exist
     done = subprocess.run(["systemd-analyze", "verify", known], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def _hold_the_demo_to_its_gates(folder: Path, environment: dict[str, str]) -> None:
+    """flabc's own gate on what the README's commands left: size and quality surely, speed unless others disturb it."""
+    gates = ROOT / "perf" / "gates.yaml"
+    command = ["flabc", "gate", "run", "--candidate", "engine", "--against", "dense-engine", "--gates", str(gates)]
+    done = subprocess.run([*command, "-o", "verdict"], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode in (0, 3), done.stdout + done.stderr
+    checks = json.loads((folder / "verdict" / "gate.json").read_text(encoding="utf-8"))["checks"]
+    assert {check["kind"] for check in checks} == {"speed", "size", "quality", "parity"}
+    assert all(check["outcome"] == "pass" for check in checks if check["kind"] != "speed"), done.stdout
 
 
 def _check_the_promise(folder: Path) -> None:

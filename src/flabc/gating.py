@@ -51,8 +51,8 @@ class Noise(Frozen):
 
     @property
     def too_tight(self) -> list[str]:
-        """The speeds whose limit is below the noise."""
-        return [name for name, rise in self.rises.items() if self.limits[name] <= rise]
+        """The speeds whose limit is below the noise; one that asks for a fall is none for an engine against itself."""
+        return [name for name, rise in self.rises.items() if 0 <= self.limits[name] <= rise]
 
 
 def run(

@@ -85,6 +85,13 @@ def test_noise_is_what_could_not_be_told_from_none() -> None:
     assert all(0.005 < rise < 0.08 for rise in rises.values())
 
 
+@pytest.mark.parametrize(("slower", "wanted"), [(0.8, "pass"), (0.95, "fail"), (1.0, "fail")])
+def test_a_fall_can_be_asked_for(slower: float, wanted: str) -> None:
+    asked = Gates(speed={"tpot_ms": -0.1}, size={"parameters": -0.2})
+    assert outcomes(gate.timed(pairs(slower), asked, Clock()).checks) == {"tpot_ms": wanted}
+    assert gate.sized("parameters", 100 * slower, 100, "", asked.size["parameters"]).outcome == wanted
+
+
 def test_sizes_know_no_chance() -> None:
     assert gate.sized("bytes_on_disk", 101, 100, "B", 0.02).outcome == "pass"
     assert gate.sized("bytes_on_disk", 103, 100, "B", 0.02).outcome == "fail"
@@ -160,7 +167,7 @@ def test_files_for_people_and_for_ci(tmp_path: Path) -> None:
     ("text", "problem"),
     [
         ("speed: {tpot: 0.03}", r"speed: .*Did you mean 'tpot_ms'"),
-        ("speed: {tpot_ms: 0}", "greater than 0"),
+        ("speed: {tpot_ms: -1}", "greater than -1"),
         ("sped: {}", "sped: Extra inputs"),
         ("a: [", "not valid YAML"),
         ("", "top level: Input should be a valid dictionary"),
