@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from .package_tests import Tests, home_of, tests_of
+from .package_tests import OwnTests, home_of, own_tests
 from .projects import Project
 from .syntax import Home, Module, first_line, imported, is_foreign, parsed
 from .task_tests import ALIASES, of_examples, of_tests
@@ -106,7 +106,7 @@ def mine(project: Project, *, keep_doctests: bool = False) -> Iterator[Task | st
         project: whose code.
         keep_doctests: leave the doctests in the prompt.
     """
-    tests = tests_of(project) if project.importable else {}
+    tests = own_tests(project) if project.importable else {}
     tested = {name for _, name in tests}
     for file, source in project.files:
         if ">>>" not in source and tested.isdisjoint(_DEFINED.findall(source)):
@@ -174,7 +174,7 @@ class _Function:
         test = of_examples(self.node.name, _text(examples), self.home.module, aliases)
         return self._in_place(said, test, "doctests", {*imported(called), *aliases.values()})
 
-    def of_tests(self, tests: Sequence[Tests]) -> Task | str:
+    def of_tests(self, tests: Sequence[OwnTests]) -> Task | str:
         """A task whose test are tests of its package."""
         if (flaw := self._flaw()) is not None:
             return flaw

@@ -26,7 +26,7 @@ _TOOLS = frozenset({"unittest", "test", "pytest", "warnings", "contextlib", "ite
 
 
 @dataclass(frozen=True)
-class Tests:
+class OwnTests:
     """The tests of one function in one module.
 
     Args:
@@ -48,9 +48,9 @@ def home_of(file: str) -> Home:
     return Home(".".join(parts), package)
 
 
-def tests_of(project: Project) -> dict[tuple[str, str], list[Tests]]:
+def own_tests(project: Project) -> dict[tuple[str, str], list[OwnTests]]:
     """Tests by the top package and the name of the function that they are about."""
-    found = dict[tuple[str, str], list[Tests]]()
+    found = dict[tuple[str, str], list[OwnTests]]()
     own = {home_of(file).module.split(".")[0] for file, _ in project.files}
     for file, source in project.tests:
         module = parsed(source)
@@ -65,15 +65,15 @@ def tests_of(project: Project) -> dict[tuple[str, str], list[Tests]]:
                 of_file.setdefault(about, []).append(name)
         foreign = frozenset(imported([module.tree]))
         for about, names in of_file.items():
-            found.setdefault(about, []).append(Tests(home.module, tuple(names), foreign))
+            found.setdefault(about, []).append(OwnTests(home.module, tuple(names), foreign))
     return {about: _few(tests) for about, tests in found.items()}
 
 
-def _few(tests: list[Tests]) -> list[Tests]:
-    kept, room = list[Tests](), MOST_TESTS
+def _few(tests: list[OwnTests]) -> list[OwnTests]:
+    kept, room = list[OwnTests](), MOST_TESTS
     for each in tests:
         if room > 0:
-            kept.append(Tests(each.module, each.names[:room], each.imports))
+            kept.append(OwnTests(each.module, each.names[:room], each.imports))
             room -= len(kept[-1].names)
     return kept
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -138,7 +139,7 @@ def mine(
         ),
         dropped=_tally(each for each in found if isinstance(each, str)),
         tested_by=_tally(task.tested_by for task in tasks),
-        needs=_tally("packages" if task.imports else "Python only" for task in tasks),
+        needs=_tally(map(_need, tasks)),
         splits=_tally(task.split for task in tasks),
         licences=_tally(task.licence or "not stated" for task in tasks),
         sources=_tally(task.project for task in tasks),
@@ -196,6 +197,12 @@ def _graded(
             if verdict is passed:
                 right.add(index)
     return [task for index, task in enumerate(tasks) if index in right]
+
+
+def _need(task: Task) -> str:
+    """What has to be there; Python comes with its own tests."""
+    tops = {name.split(".")[0] for name in task.imports}
+    return "Python only" if tops <= {*sys.stdlib_module_names, "test"} else "packages"
 
 
 def _tally(names: Iterator[str]) -> dict[str, int]:
