@@ -37,7 +37,6 @@ def generated() -> dict[Path, str]:
     """Every generated file and its content."""
     return {
         ROOT / "docs" / "cli.md": reference(),
-        ROOT / "docs" / "mined-tasks.md": mined_tasks(),
         ROOT / "README.md": readme(),
         ROOT / "recipes" / "recipe.schema.json": json.dumps(Recipe.model_json_schema(), indent=2) + "\n",
         ROOT / "recipes" / "flabc.schema.json": json.dumps(Project.model_json_schema(), indent=2) + "\n",

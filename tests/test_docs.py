@@ -23,7 +23,7 @@ DOCUMENTS = [
     ROOT / name
     for name in (
         *("README.md", "CONTRIBUTING.md", "CHANGELOG.md"),
-        *("docs/serving.md", "docs/gating.md", "docs/recovering.md", "docs/mined-tasks.md"),
+        *("docs/serving.md", "docs/gating.md", "docs/recovering.md"),
     )
 ]
 
