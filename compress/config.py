@@ -183,23 +183,6 @@ class RestoreConfig(Amount):
     damping: float = Field(0.01, gt=0, description="Pull towards the weights as they are, as a share of the inputs.")
 
 
-StageConfig = Annotated[VocabConfig | LayersConfig | WidthsConfig | RestoreConfig, Field(discriminator="stage")]
-
-#: The stages by name, for messages.
-STAGE_NAMES = tuple(config.model_fields["stage"].default for config in get_args(get_args(StageConfig)[0]))
-
-
-def check_stage_name(entry: Any) -> None:
-    """Answer an unknown stage with the nearest known one, before pydantic sees the entry.
-
-    Raises:
-        UnknownNameError: if ``entry["stage"]`` is a name of no stage.
-    """
-    name = entry.get("stage") if isinstance(entry, dict) else None
-    if isinstance(name, str) and name not in STAGE_NAMES:
-        raise UnknownNameError("stage", name, STAGE_NAMES)
-
-
 class Recovery(Frozen):
     """How a cut model is trained.
 
@@ -251,3 +234,44 @@ class Recovery(Frozen):
         if self.kl_weight is not None:
             return self.kl_weight
         return 0.0 if not teacher else 1.0 if self.method == "distill" else 0.5
+
+
+class RecoverConfig(Amount):
+    """Train what is there by now on the calibration text, so that the next cut begins with a better model."""
+
+    stage: Literal["recover"] = "recover"
+    method: Literal["lora", "full", "distill"] = Field(
+        "lora", description="Train adapters that are merged, all weights, or all weights after the dense model alone."
+    )
+    kl_weight: float | None = Field(
+        None, ge=0, le=1, description="The dense model's share of the loss: by default 1 for distill, else 0.5."
+    )
+    sequences: int = Field(512, gt=9, description="Sequences drawn from the text; one in ten of them is watched.")
+    max_length: int = Field(512, gt=1, description="Tokens of each.")
+    epochs: float = Field(1.0, gt=0, description="How often each is seen.")
+    learning_rate: float = Field(2e-4, gt=0, description="At the peak of a cosine.")
+    batch: int = Field(4, gt=0, description="Sequences at once.")
+    rank: int = Field(16, gt=0, description="Rank of the adapters.")
+
+    def options(self, seed: int) -> Recovery:
+        """How ``flabc recover`` would be told the same."""
+        return Recovery(**self.model_dump(exclude={"stage", "sequences"}), alpha=2 * self.rank, seed=seed)
+
+
+StageConfig = Annotated[
+    VocabConfig | LayersConfig | WidthsConfig | RestoreConfig | RecoverConfig, Field(discriminator="stage")
+]
+
+#: The stages by name, for messages.
+STAGE_NAMES = tuple(config.model_fields["stage"].default for config in get_args(get_args(StageConfig)[0]))
+
+
+def check_stage_name(entry: Any) -> None:
+    """Answer an unknown stage with the nearest known one, before pydantic sees the entry.
+
+    Raises:
+        UnknownNameError: if ``entry["stage"]`` is a name of no stage.
+    """
+    name = entry.get("stage") if isinstance(entry, dict) else None
+    if isinstance(name, str) and name not in STAGE_NAMES:
+        raise UnknownNameError("stage", name, STAGE_NAMES)

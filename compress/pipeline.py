@@ -17,12 +17,13 @@ from flabc.families import Part
 from flabc.frozen import Frozen
 from flabc.spec import BYTES_PER_PARAMETER, ModelSpec
 
-from .config import Calibration, LayersConfig, RestoreConfig, Target, VocabConfig, WidthsConfig
+from .config import Calibration, LayersConfig, RecoverConfig, RestoreConfig, Target, VocabConfig, WidthsConfig
 from .data import corpus
 from .data.corpus import Document
 from .layers import LAYERS
 from .model import CausalLM, check_weights
 from .restore import RESTORE
+from .retraining import RECOVER
 from .stage import Context, Stage, before_text, encoder
 from .vocab import VOCAB
 from .walk import Walk, dense_variant
@@ -34,6 +35,7 @@ STAGES: dict[type[Frozen], Stage[Any, Any]] = {
     LayersConfig: LAYERS,
     WidthsConfig: WIDTHS,
     RestoreConfig: RESTORE,
+    RecoverConfig: RECOVER,
 }
 
 #: Held-out windows, and their length in tokens, on which the result is compared with the dense model.

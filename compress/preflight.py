@@ -14,7 +14,7 @@ from flabc.frozen import Frozen
 from flabc.spec import ModelSpec
 
 from .allocate import ALLOCATIONS
-from .config import Calibration, LayersConfig, RestoreConfig, WidthsConfig
+from .config import Calibration, LayersConfig, RecoverConfig, RestoreConfig, WidthsConfig
 from .sensitivity import SHARES
 from .walk import LOGIT_ROWS
 
@@ -86,6 +86,10 @@ def workspace_bytes(spec: ModelSpec, stages: Sequence[Frozen], calibration: Cali
         if isinstance(stage, RestoreConfig):
             states = tokens * hidden * (2 * computed + 3 * 4) + tokens * width * computed
             needs.append(states + 3 * 8 * width**2)
+        if isinstance(stage, RecoverConfig):
+            copies = 2 if stage.method == "lora" else 5  # student and teacher; gradients and two moments of Adam
+            logits = 3 * 4 * stage.batch * stage.max_length * spec.vocab_size
+            needs.append(copies * 4 * spec.num_parameters + logits)
     return INTERPRETER_BYTES + always + max(needs)
 
 

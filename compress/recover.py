@@ -20,15 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from flabc.console import Advance, progress
+from flabc.console import Advance
 from flabc.errors import ModelError, RecoveryError
 from flabc.families import family_named
 from flabc.families.per_layer import has_own_module
 from flabc.spec import ModelSpec
 
+from . import processes
 from .config import Recovery
 from .data.examples import IGNORED, Example, collate, collate_packed, packed
 from .gguf_file import quiet_transformers
@@ -138,6 +141,8 @@ class _Trainer(Trainer):
         ce, kl, count = self._sums(model, inputs)
         total = ce * (1 - self.share) + (kl * self.share if kl is not None else 0.0)
         loss = total / (num_items_in_batch if num_items_in_batch is not None else max(1, count))
+        if num_items_in_batch is not None:
+            loss = loss * self.args.world_size  # the tokens are those of all processes, whose gradients are averaged
         check_finite(loss, self.state.global_step, self.folder)
         return loss
 
@@ -150,13 +155,20 @@ class _Trainer(Trainer):
 
     @torch.no_grad()
     def losses(self) -> Losses:
-        """The losses on dev."""
+        """The losses on dev, each batch of which one process computes."""
         model: Any = self.model
         model.eval()
-        ce, kl, tokens = 0.0, 0.0, 0
-        for inputs in self.get_eval_dataloader():
-            found = self._sums(model, self._prepare_inputs(inputs))
-            ce, kl, tokens = ce + float(found[0]), kl + float(found[1] or 0), tokens + found[2]
+        sums = torch.zeros(3, dtype=torch.float64)  # cross-entropy, KL, tokens
+        batches = DataLoader(self.eval_dataset, self.args.eval_batch_size, collate_fn=self.data_collator)  # type: ignore[arg-type]
+        for number, inputs in enumerate(batches):
+            if number % self.args.world_size == self.args.process_index:
+                found = self._sums(model, self._prepare_inputs(inputs))
+                sums += torch.tensor([float(found[0]), float(found[1] or 0), found[2]], dtype=torch.float64)
+        if self.args.world_size > 1:
+            whole = sums.to(self.args.device)
+            torch.distributed.all_reduce(whole)
+            sums = whole.cpu()
+        ce, kl, tokens = float(sums[0]), float(sums[1]), int(sums[2])
         ce, kl = ce / max(1, tokens), kl / max(1, tokens)
         loss = ce * (1 - self.share) + kl * self.share
         return Losses(loss, ce, kl if self.teacher is not None else None, tokens)
@@ -222,6 +234,7 @@ def train(
     *,
     pad: int,
     device: str = "cpu",
+    tensorboard: Path | None = None,
 ) -> Trained:
     """Train, going on from the last state in ``folder`` if there is one, and keep the state with the least dev loss.
 
@@ -234,9 +247,10 @@ def train(
         folder: where states are kept.
         pad: the id that fills sequences up.
         device: a torch device.
+        tensorboard: where TensorBoard's logs go.
 
     Raises:
-        RecoveryError: if the loss is no number any more.
+        RecoveryError: if the loss is no number any more, or the processes were started to share the weights (FSDP).
     """
     share = options.share_of_kl(teacher=teacher is not None)
     names = set(model.state_dict())
@@ -246,15 +260,16 @@ def train(
         data: tuple[Any, Any] = packed(examples, options.max_length), packed(dev, options.max_length)
     else:
         data = list(examples), list(dev)
-    steps = _steps(len(data[0]), options)
-    with progress("training", steps) as advance, quiet_transformers(), _undisturbed():
+    world = processes.count()
+    steps = _steps(len(data[0]), options, world)
+    with processes.told("training", steps) as advance, quiet_transformers(), _undisturbed():
         trainer = _Trainer(
             model=trained,
             args=_arguments(options, steps, folder, device),
             train_dataset=data[0],
             eval_dataset=data[1],
             data_collator=(collate_packed if options.packing else collate)(pad),
-            callbacks=[_Teller(advance, folder), EarlyStoppingCallback(options.patience)],
+            callbacks=[_Teller(advance, folder), EarlyStoppingCallback(options.patience), *_logs(tensorboard)],
             teacher=teacher,
             share=share,
             folder=folder,
@@ -295,8 +310,17 @@ def _learnt(examples: Sequence[Example], epochs: float) -> int:
     return round(sum(len(example.ids) - example.given for example in examples) * epochs)
 
 
-def _steps(sequences: int, options: Recovery) -> int:
-    per_epoch = math.ceil(math.ceil(sequences / options.batch) / options.accumulate)
+def _logs(folder: Path | None) -> list[TrainerCallback]:
+    """What writes for TensorBoard: transformers' own callback, in the first process."""
+    if folder is None or not processes.is_first():
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+
+    return [TensorBoardCallback(SummaryWriter(str(folder)))]  # type: ignore[no-untyped-call]
+
+
+def _steps(sequences: int, options: Recovery, world: int) -> int:
+    per_epoch = math.ceil(math.ceil(sequences / (options.batch * world)) / options.accumulate)
     steps = max(1, math.ceil(per_epoch * options.epochs))
     return min(steps, options.max_steps or steps)
 

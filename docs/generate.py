@@ -12,7 +12,7 @@ from statistics import median
 import click
 
 from flabc.cli import cli
-from flabc.perf import evaluation, figures, methods, table
+from flabc.perf import evaluation, figures, methods, mined_samples, table
 from flabc.perf.comparison import EvalRow
 from flabc.perf.evaluation import EvalResult
 from flabc.project import Project
@@ -89,6 +89,12 @@ def readme() -> str:
     text = between(text, "results", f"{table.as_markdown(table.rows(result))}\n\n{where}")
     text = between(between(text, "quality", quality()), "parity", parity())
     return between(between(text, "methods", against_each_other()), "speed", speed_of_compressing())
+
+
+def mined_tasks() -> str:
+    """What mining yields, and samples of it."""
+    counts = json.loads((RESULTS / "mining.json").read_text(encoding="utf-8"))
+    return mined_samples.as_markdown(json.loads(mined_samples.SAMPLES.read_text(encoding="utf-8")), counts)
 
 
 def speed_of_compressing() -> str:

@@ -21,7 +21,11 @@ from flabc.perf.gates import Gates
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
-    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/serving.md", "docs/gating.md")
+    ROOT / name
+    for name in (
+        *("README.md", "CONTRIBUTING.md", "CHANGELOG.md"),
+        *("docs/serving.md", "docs/gating.md", "docs/recovering.md"),
+    )
 ]
 
 #: Where the README serves.

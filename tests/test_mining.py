@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from click.testing import CliRunner
 
 from flabc import mining
 from flabc.cli import cli
+from flabc.compress.data.projects import projects
 from flabc.errors import CorpusError, UsageError
 from flabc.runtime.evaluate.sandbox import SandboxLimits, run_all
 from flabc.runtime.evaluate.tasks import mined
@@ -94,6 +96,40 @@ def test_eval_reads_them_and_grades_the_canonical_solution_as_right(
         problem.grading.continued("    return x"),  # type: ignore[union-attr]
     ]
     assert [verdict.passed for _, verdict in sorted(run_all(programs, SandboxLimits()))] == [True, True, False]
+
+
+def test_a_function_takes_the_place_of_its_packages_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of networkx, whose doctests call ``nx.f``, and of the standard library, by its own tests."""
+    (networkx,), (library,) = projects("networkx"), projects("python-stdlib")
+    few = replace(networkx, files=_named(networkx.files, "components/strongly_connected.py"), tests=())
+    shlex = replace(library, files=_named(library.files, "shlex.py"), tests=_named(library.tests, "test_shlex.py"))
+    monkeypatch.setattr(mining, "projects", lambda source: [few, shlex])
+    monkeypatch.setattr("flabc.compress.data.mining.split_of", lambda project: "dev")
+    found = mining.mine(["both"], tmp_path / "tasks.jsonl", allow_code_execution=True)
+    assert set(found.tested_by) == {"doctests", "tests"}
+    assert found.needs == {"packages": found.sources["networkx"], "Python only": found.sources["python-stdlib"]}
+    problems = {problem.task_id: problem for problem in mined.problems(found.path, ["dev"])}
+    rows = {row["task_id"]: row for row in map(json.loads, found.path.read_text().splitlines())}
+    assert rows["python-stdlib/shlex:quote"]["imports"] == ["shlex", "test.test_shlex"]
+    name = "networkx/networkx/algorithms/components/strongly_connected:is_strongly_connected"
+    own = "    import networkx\n    return networkx.is_strongly_connected(G)"
+    programs = [
+        problems[name].grading.continued(rows[name]["canonical_solution"]),  # type: ignore[union-attr]
+        problems[name].grading.continued("    return True"),  # type: ignore[union-attr]
+        problems[name].grading.continued(own),  # type: ignore[union-attr]
+    ]
+    assert [verdict.passed for _, verdict in sorted(run_all(programs, SandboxLimits()))] == [True, False, False]
+
+
+def _named(files: tuple[tuple[str, str], ...], end: str) -> tuple[tuple[str, str], ...]:
+    return tuple(file for file in files if file[0].endswith(end))
+
+
+def test_tasks_whose_packages_are_not_installed_are_refused(tmp_path: Path) -> None:
+    row = {"task_id": "a", "prompt": "def f():\n", "test": "", "split": "dev", "imports": ["nowhere.at.all", "json"]}
+    (tmp_path / "tasks.jsonl").write_text(json.dumps(row))
+    with pytest.raises(CorpusError, match=r"1 tasks need packages.*nowhere"):
+        mined.problems(tmp_path / "tasks.jsonl", ["dev"])
 
 
 def test_a_licence_that_is_wanted_is_asked_for(project: Path, tmp_path: Path) -> None:

@@ -31,6 +31,12 @@ def test_a_recipe_survives_being_dumped() -> None:
     assert recipe.parse(loaded.model_dump(mode="json"), "again") == loaded
 
 
+def test_the_recipe_in_the_documents_is_one() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "recovering.md").read_text(encoding="utf-8")
+    loaded = recipe.parse(yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0]), "documents")
+    assert [stage.stage for stage in loaded.stages] == ["vocab", "widths", "recover", "widths", "recover"]
+
+
 def test_every_stage_that_a_recipe_can_name_can_be_run() -> None:
     schema = recipe.Recipe.model_json_schema()
     stages = schema["properties"]["stages"]["items"]["discriminator"]["mapping"]

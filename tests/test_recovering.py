@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from flabc.artifact import Artifact
 from flabc.cli import cli
 from flabc.compress import checkpoint, load
 from flabc.compress.config import Recovery
-from flabc.errors import RecoveryError, UsageError
+from flabc.errors import MissingExtraError, RecoveryError, UsageError
 
 OPTIONS = ("--batch", "4", "--max-steps", "24", "--epochs", "20", "--evaluations", "6", "--max-length", "96")
 HOW = (*OPTIONS, "--learning-rate", "5e-3", "--patience", "9")
@@ -164,3 +165,64 @@ def test_calls_that_do_not_fit_are_refused(tiny_checkpoint: Path, tasks: Path, t
     with pytest.raises(RecoveryError, match="Found: 0 and 1"):
         recovering.recover(tiny_checkpoint, out, data=few)
     assert not out.exists()
+
+
+def test_two_processes_come_to_what_one_comes_to(tiny_checkpoint: Path, tasks: Path, tmp_path: Path) -> None:
+    """By accelerate's own launcher, on the processor, over gloo: two batches of two are one batch of four."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    how = ["--method", "full", "--epochs", "1", "--evaluations", "3", "--max-length", "96", "--learning-rate", "1e-3"]
+    asked = ["recover", str(tiny_checkpoint), "--data", str(tasks), "--json", *how]
+    alone = run([*asked, "-o", str(one), "--batch", "4"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    ours = f"--dynamo_backend no --main_process_port {port} -m flabc"
+    done = subprocess.run(
+        [sys.executable, *launcher.split(), *ours.split(), *asked, "-o", str(two), "--batch", "2"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    together = json.loads(done.stdout)  # one of them tells
+    assert (together["processes"], alone["processes"]) == (2, 1)
+    assert (together["steps"], together["best_step"]) == (alone["steps"], alone["best_step"])
+    assert together["before"]["loss"] == pytest.approx(alone["before"]["loss"], rel=1e-6)  # type: ignore[index]
+    assert together["after"]["loss"] == pytest.approx(alone["after"]["loss"], rel=1e-4)  # type: ignore[index]
+    assert together["after"]["loss"] < together["before"]["loss"]
+    Artifact.open(two, "checkpoint")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+    start, first, second = (load_file(folder / "model.safetensors") for folder in (tiny_checkpoint, one, two))
+    moved = max(float((first[name] - start[name]).abs().max()) for name in first)
+    apart = max(float((first[name] - second[name]).abs().max()) for name in first)
+    assert apart < moved / 50
+
+
+def test_processes_that_share_weights_are_refused(
+    tiny_checkpoint: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RecoveryError, match="share the weights"):
+        recovering.recover(tiny_checkpoint, tmp_path / "out", data=tasks)
+
+
+def test_logs_for_tensorboard(tiny_checkpoint: Path, tasks: Path, tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    asked = command(tiny_checkpoint, tasks, tmp_path / "out", "--tensorboard", str(tmp_path / "logs"), "--json")
+    done = CliRunner().invoke(cli, asked)
+    assert done.exit_code == 0, done.output
+    found = events.EventAccumulator(str(tmp_path / "logs"))
+    found.Reload()
+    told = {event.step: event.value for event in found.Scalars("eval/loss")}
+    curve = {row["step"]: row["eval_loss"] for row in json.loads(done.stdout)["curve"] if "eval_loss" in row}
+    assert told == pytest.approx(curve)
+
+
+def test_logs_need_the_package(
+    tiny_checkpoint: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(MissingExtraError, match=r"flabc\[tensorboard\]"):
+        recovering.recover(tiny_checkpoint, tmp_path / "out", data=tasks, tensorboard=tmp_path / "logs")
+    assert not list(tmp_path.iterdir())

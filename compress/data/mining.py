@@ -1,26 +1,30 @@
-"""Mining: functions whose docstrings hold doctests become tasks that can be run.
+"""Mining: functions with docstrings, and doctests or tests of their package, become tasks that can be run.
 
-What a function needs of its module (imports of the standard library, constants, other functions) stands before it in
-the prompt, so that a task runs by itself. The doctests are the test; they are taken out of the prompt unless they are
-asked for, since they give the answers away.
+What a function needs of its module stands before it in the prompt: its imports, constants and other functions, where
+these need nothing of the function's own package. Otherwise the prompt imports all that from the package, which is
+installed, and the task's function is put in the place of the package's own, wherever that has it, before the tests run.
+Doctests are taken out of the prompt unless they are asked for, since they give the answers away.
 """
 
 from __future__ import annotations
 
 import ast
 import doctest
+import functools
 import hashlib
+import importlib.metadata
 import inspect
 import re
-import sys
 import textwrap
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
+from .package_tests import OwnTests, home_of, own_tests
 from .projects import Project
+from .syntax import Home, Module, first_line, imported, is_foreign, parsed
+from .task_tests import ALIASES, of_examples, of_tests
 
 Split = Literal["train", "dev", "test"]
 
@@ -43,19 +47,10 @@ _HEADING = re.compile(
     re.IGNORECASE,
 )
 
-_TEST = """
-def _check_examples():
-    import doctest
+#: What defines a function of the module itself.
+_DEFINED = re.compile(r"^def (\w+)\(", re.MULTILINE)
 
-    told = []
-    examples = doctest.DocTestParser().get_doctest(_EXAMPLES, dict(globals()), {name!r}, None, 0)
-    failed = doctest.DocTestRunner(verbose=False).run(examples, out=told.append).failed
-    assert not failed, "".join(told)[-300:]
-
-
-_EXAMPLES = {examples}
-_check_examples()
-"""
+_Kind = Literal["doctests", "tests"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +66,8 @@ class Task:
         canonical_solution: its body.
         test: code that runs behind them and fails by raising.
         entry_point: its name.
+        tested_by: where the test is from.
+        imports: modules that prompt or test import and that have to be installed.
     """
 
     task_id: str
@@ -81,6 +78,8 @@ class Task:
     canonical_solution: str
     test: str
     entry_point: str
+    tested_by: Literal["doctests", "tests"] = "doctests"
+    imports: tuple[str, ...] = ()
 
     @property
     def function(self) -> str:
@@ -101,97 +100,135 @@ def split_of(project: str) -> Split:
 
 
 def mine(project: Project, *, keep_doctests: bool = False) -> Iterator[Task | str]:
-    """A task for each function with doctests, or, of one that cannot become a task, the reason in a few words.
+    """A task for each function with doctests or tests, or, of one that cannot become one, the reason in a few words.
 
     Args:
         project: whose code.
         keep_doctests: leave the doctests in the prompt.
     """
+    tests = own_tests(project) if project.importable else {}
+    tested = {name for _, name in tests}
     for file, source in project.files:
-        module = _parsed(source) if ">>>" in source else None
+        if ">>>" not in source and tested.isdisjoint(_DEFINED.findall(source)):
+            continue
+        module = parsed(source)
         if module is None:
             continue
+        home, own = home_of(file), _own(project)
         for function in module.functions():
-            if examples := _examples(function):
-                yield _task(project, file, module, function, examples, keep_doctests=keep_doctests)
+            found = _Function(project, file, module, function, home, own)
+            examples = _examples(function)
+            of_package = tests.get((home.module.split(".")[0], function.name), [])
+            if examples:
+                yield found.of_examples(examples, keep_doctests=keep_doctests)
+            elif of_package and ast.get_docstring(function):
+                yield found.of_tests(of_package)
 
 
-class _Module:
-    """A module's source, and which of its statements binds which name."""
-
-    def __init__(self, source: str, tree: ast.Module) -> None:
-        self.lines = source.split("\n")
-        self.tree = tree
-        self.binds: dict[str, list[ast.stmt]] = {}
-        self._reads: dict[ast.AST, set[str]] = {}
-        for statement in tree.body:
-            for name in _bound(statement):
-                self.binds.setdefault(name, []).append(statement)
-
-    def functions(self) -> list[ast.FunctionDef]:
-        """The functions of the module itself that are defined once."""
-        found = [statement for statement in self.tree.body if isinstance(statement, ast.FunctionDef)]
-        return [function for function in found if len(self.binds[function.name]) == 1]
-
-    def source(self, statement: ast.stmt) -> str:
-        """The lines of a statement, decorators included."""
-        return "\n".join(self.lines[_first_line(statement) - 1 : statement.end_lineno])
-
-    def needed(self, nodes: Iterable[ast.AST], but: Sequence[ast.stmt]) -> list[ast.stmt]:
-        """The statements that nodes need, and those that these need, in the module's order.
-
-        It ends early at a statement that imports what is foreign: the whole is of no use then.
-        """
-        found, left = list[ast.stmt](), list(nodes)
-        while left:
-            for name in self._loaded(left.pop()):
-                for statement in self.binds.get(name, ()):
-                    if statement not in found and statement not in but:
-                        found.append(statement)
-                        left.append(statement)
-                        if is_foreign(statement):
-                            return found
-        return sorted(found, key=lambda statement: statement.lineno)
-
-    def _loaded(self, node: ast.AST) -> set[str]:
-        """The names that a node reads, as far as its syntax tells."""
-        if node not in self._reads:
-            names = (each for each in ast.walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Load))
-            self._reads[node] = {name.id for name in names}
-        return self._reads[node]
-
-    def future(self) -> list[ast.stmt]:
-        """Its imports from ``__future__``: they change what code means."""
-        return [s for s in self.tree.body if isinstance(s, ast.ImportFrom) and s.module == "__future__"]
+@functools.cache
+def _installed() -> frozenset[str]:
+    return frozenset(importlib.metadata.packages_distributions())
 
 
-def _parsed(source: str) -> _Module | None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about escapes in strings of other people's code
-        try:
-            return _Module(source, ast.parse(source))
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return None
+@functools.lru_cache(maxsize=1)
+def _own(project: Project) -> frozenset[str]:
+    """The project's top packages."""
+    return frozenset(home_of(file).module.split(".")[0] for file, _ in project.files)
 
 
-def _bound(statement: ast.stmt) -> set[str]:
-    """The names that a statement of a module binds."""
-    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-        return {statement.name}
-    names = set[str]()
-    for node in ast.walk(statement):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names.add(node.id)
-        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            names.add(node.name)
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
-    return names
+@dataclass(frozen=True)
+class _Function:
+    """A function, and where it was found."""
+
+    project: Project
+    file: str
+    module: Module
+    node: ast.FunctionDef
+    home: Home
+    own: frozenset[str]
+
+    def of_examples(self, examples: list[doctest.Example], *, keep_doctests: bool) -> Task | str:
+        """A task whose test are doctests: by itself, or else in its package."""
+        if (flaw := self._flaw()) is not None:
+            return flaw
+        docstring, called = self.node.body[0], [tree for each in examples if (tree := _tree(each.source))]
+        said = self.module.source(docstring) if keep_doctests else _words(docstring, ast.get_docstring(self.node) or "")
+        if not said:
+            return "too few words"
+        known = _installed() - self.own
+        context = self.module.needed([self.node], [self.node], known)
+        for_test = self.module.needed(called, [self.node, *context], known)
+        foreign = any(is_foreign(each, known) for each in (*context, *for_test))
+        if not foreign and not any(is_foreign(each, known) for each in called):
+            need = [self.module.source(statement) for statement in _unique([*self.module.future(), *context])]
+            helpers = "".join(f"{self.module.source(statement)}\n" for statement in for_test)
+            test = helpers + of_examples(self.node.name, _text(examples))
+            made = self._made(
+                need, first_line(self.node), said, test, "doctests", imported([*context, *for_test, *called])
+            )
+            if isinstance(made, Task) or not self.project.importable:
+                return made
+        if not self.project.importable:
+            return "needs what is not installed" if foreign else "its doctests import what is not installed"
+        aliases = {name: ALIASES[name] for name in self.module.reads(called) if name in ALIASES}
+        test = of_examples(self.node.name, _text(examples), self.home.module, aliases)
+        return self._in_place(said, test, "doctests", {*imported(called), *aliases.values()})
+
+    def of_tests(self, tests: Sequence[OwnTests]) -> Task | str:
+        """A task whose test are tests of its package."""
+        if (flaw := self._flaw()) is not None:
+            return flaw
+        said = _words(self.node.body[0], ast.get_docstring(self.node) or "")
+        if not said:
+            return "too few words"
+        test = of_tests(self.node.name, self.home.module, [(each.module, each.names) for each in tests])
+        modules = {name for each in tests for name in (*each.imports, each.module)}
+        return self._in_place(said, test, "tests", modules)
+
+    def _flaw(self) -> str | None:
+        docstring, *body = self.node.body
+        if not body:
+            return "no body"
+        if docstring.lineno <= self.node.lineno or body[0].lineno <= (docstring.end_lineno or 0):
+            return "several statements on a line"
+        return None
+
+    def _in_place(self, said: str, test: str, kind: _Kind, modules: set[str]) -> Task | str:
+        """A task that imports what it needs. Decorators are left away: they are the package's business."""
+        if any(isinstance(node, ast.Global) for node in ast.walk(self.node)):
+            return "changes its module"
+        bare = ast.FunctionDef(**{**vars(self.node), "decorator_list": []})
+        need = self.module.imports(bare, self.home)
+        modules = modules | {self.home.module} | _imported_by(need)
+        return self._made(need, self.node.lineno, said, test, kind, modules)
+
+    def _made(
+        self, need: Sequence[str], line: int, said: str, test: str, kind: _Kind, modules: Iterable[str]
+    ) -> Task | str:
+        """The task, if it is not too long."""
+        docstring, lines, name = self.node.body[0], self.module.lines, self.node.name
+        begin = "\n".join(lines[line - 1 : docstring.lineno - 1])
+        solution = "\n".join(lines[docstring.end_lineno or 0 : self.node.end_lineno]) + "\n"
+        before = "\n".join(need)
+        if len(before) > LONGEST_CONTEXT or len(begin) + len(said) + len(solution) > LONGEST_FUNCTION:
+            return "too long"
+        return Task(
+            task_id=f"{self.project.name}/{PurePosixPath(self.file).with_suffix('')}:{name}",
+            project=self.project.name,
+            licence=self.project.licence,
+            split=split_of(self.project.name),
+            prompt=f"{before}\n\n\n{begin}\n{said}\n" if before else f"{begin}\n{said}\n",
+            canonical_solution=solution,
+            test=test,
+            entry_point=name,
+            tested_by=kind,
+            imports=tuple(sorted(modules)),
+        )
 
 
-def _first_line(statement: ast.stmt) -> int:
-    decorators: list[ast.expr] = getattr(statement, "decorator_list", [])
-    return min([statement.lineno, *(decorator.lineno for decorator in decorators)])
+def _imported_by(lines: Sequence[str]) -> set[str]:
+    tree = _tree("\n".join(lines))
+    return imported([tree]) if tree else set()
 
 
 def _examples(function: ast.FunctionDef) -> list[doctest.Example]:
@@ -204,71 +241,13 @@ def _examples(function: ast.FunctionDef) -> list[doctest.Example]:
         return []
 
 
-def _task(
-    project: Project,
-    file: str,
-    module: _Module,
-    function: ast.FunctionDef,
-    examples: list[doctest.Example],
-    *,
-    keep_doctests: bool,
-) -> Task | str:
-    docstring, *body = function.body
-    if not body:
-        return "no body"
-    if docstring.lineno <= function.lineno or body[0].lineno <= (docstring.end_lineno or 0):
-        return "several statements on a line"
-    called = [tree for example in examples if (tree := _tree(example.source))]
-    context = module.needed([function], [function])
-    for_test = module.needed(called, [function, *context])
-    if any(map(is_foreign, (*context, *for_test))):
-        return "needs what is not of the standard library"
-    if any(map(is_foreign, called)):
-        return "its doctests import what is not of the standard library"
-    begin = "\n".join(module.lines[_first_line(function) - 1 : docstring.lineno - 1])
-    said = module.source(docstring) if keep_doctests else _words(docstring, ast.get_docstring(function) or "")
-    if not said:
-        return "too few words"
-    need = "\n".join(module.source(statement) for statement in _unique([*module.future(), *context]))
-    solution = "\n".join(module.lines[docstring.end_lineno or 0 : function.end_lineno]) + "\n"
-    if len(need) > LONGEST_CONTEXT or len(begin) + len(said) + len(solution) > LONGEST_FUNCTION:
-        return "too long"
-    helpers = "".join(f"{module.source(statement)}\n" for statement in for_test)
-    return Task(
-        task_id=f"{project.name}/{PurePosixPath(file).with_suffix('')}:{function.name}",
-        project=project.name,
-        licence=project.licence,
-        split=split_of(project.name),
-        prompt=f"{need}\n\n\n{begin}\n{said}\n" if need else f"{begin}\n{said}\n",
-        canonical_solution=solution,
-        test=helpers + _TEST.format(name=function.name, examples=repr(_text(examples))),
-        entry_point=function.name,
-    )
-
-
 def _tree(source: str) -> ast.Module | None:
-    parsed = _parsed(source)
-    return parsed.tree if parsed else None
+    found = parsed(source)
+    return found.tree if found else None
 
 
 def _unique(statements: Iterable[ast.stmt]) -> list[ast.stmt]:
     return list(dict.fromkeys(statements))
-
-
-def is_foreign(code: ast.AST) -> bool:
-    """Whether code imports something that does not come with Python, or nobody knows what."""
-    for node in ast.walk(code):
-        if isinstance(node, ast.ImportFrom):
-            if node.level or any(alias.name == "*" for alias in node.names):
-                return True
-            modules: list[str] = [node.module or ""]
-        elif isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
-        else:
-            continue
-        if any(name.split(".")[0] not in sys.stdlib_module_names for name in modules):
-            return True
-    return False
 
 
 def _words(docstring: ast.stmt, text: str) -> str:

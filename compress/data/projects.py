@@ -9,7 +9,7 @@ import sysconfig
 import tarfile
 import tomllib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from email.parser import HeaderParser
 from email.policy import compat32
@@ -28,6 +28,9 @@ LARGEST_FILE = 1_000_000
 #: Folders that hold no code of the project's own: copies of others' keep their licences.
 _NOT_OWN = SKIPPED | {"_vendor", "_vendored_packages", "thirdparty_files", "vendor", "vendored"}
 
+#: Folders of tests.
+_TESTS = {"test", "tests"}
+
 _ZIPS, _TARS = (".zip", ".whl"), (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 #: Where the metadata of a package is, as wheels and source archives name it.
@@ -44,11 +47,15 @@ class Project:
         name: what it is called.
         licence: as its metadata says it; empty if that says nothing.
         files: paths and sources of its Python files.
+        tests: those of its tests, where they are installed with it.
+        importable: whether its modules can be imported here, by their paths.
     """
 
     name: str
     licence: str
     files: tuple[tuple[str, str], ...]
+    tests: tuple[tuple[str, str], ...] = ()
+    importable: bool = False
 
 
 def projects(source: str) -> Iterator[Project]:
@@ -64,7 +71,9 @@ def projects(source: str) -> Iterator[Project]:
     """
     path = Path(source)
     if source == STDLIB:
-        yield Project(STDLIB, "PSF-2.0", _folder_files(Path(sysconfig.get_paths()["stdlib"])))
+        root = Path(sysconfig.get_paths()["stdlib"])
+        tests = ((f"test/{file.relative_to(root / 'test').as_posix()}", file) for file in (root / "test").rglob("*.py"))
+        yield Project(STDLIB, "PSF-2.0", _folder_files(root), _test_files(tests), importable=True)
     elif source == PACKAGES:
         installed = {each.metadata["Name"] or "": each for each in importlib.metadata.distributions()}
         yield from (_package(each) for name, each in sorted(installed.items()) if name)
@@ -80,6 +89,17 @@ def _folder_files(root: Path) -> tuple[tuple[str, str], ...]:
     files = sorted(file for file in root.rglob("*.py") if file.is_file())
     found = ((file.relative_to(root).as_posix(), file.read_bytes()) for file in files if _wanted(file, root))
     return tuple(_decoded(found))
+
+
+def _test_files(files: Iterable[tuple[str, Path]]) -> tuple[tuple[str, str], ...]:
+    """Those of files that hold tests."""
+    named = sorted((name, file) for name, file in files if _is_test(name) and file.is_file())
+    return tuple(_decoded((name, file.read_bytes()) for name, file in named if file.stat().st_size <= LARGEST_FILE))
+
+
+def _is_test(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.name.startswith("test_") and not (_NOT_OWN - _TESTS).intersection(path.parts)
 
 
 def _wanted(file: Path, root: Path) -> bool:
@@ -145,7 +165,8 @@ def _package(found: importlib.metadata.Distribution) -> Project:
     paths = [(each, Path(str(found.locate_file(each)))) for each in listed]
     kept = [(each, file) for each, file in paths if file.is_file() and not _NOT_OWN.intersection(Path(each).parts)]
     contents = ((each, file.read_bytes()) for each, file in kept if file.stat().st_size <= LARGEST_FILE)
-    return Project(_normal(found.metadata["Name"]), licence, tuple(_decoded(contents)))
+    tests = _test_files((each, file) for each, file in paths if _TESTS.intersection(Path(each).parts))
+    return Project(_normal(found.metadata["Name"]), licence, tuple(_decoded(contents)), tests, importable=True)
 
 
 def _archive(file: Path) -> Project:

@@ -7,6 +7,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+#: What has to stand before everything else.
+_FUTURE = re.compile(r"^from __future__ import [^(\n]+\n", re.MULTILINE)
+
 _FENCE = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
@@ -30,7 +33,9 @@ class Program:
 
     def answered(self, code: str) -> str:
         """The program to run, of the code in a chat answer."""
-        return f"{self.context}\n{code}\n{self.after}"
+        program = f"{self.context}\n{code}\n{self.after}"
+        future = dict.fromkeys(_FUTURE.findall(f"{self.context}\n{code}\n"))
+        return "".join(future) + _FUTURE.sub("", program) if future else program
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,7 @@ def _check_rows(rows: Sequence[Mapping[str, Any]], file: str | Path) -> None:
     """Before a model is opened."""
     for row in rows:
         mined.solution(row)
+    mined.check_imports(rows)
     if not rows:
         raise CorpusError(f"{file} has no task of the splits train or dev.")
     if len({row["task_id"] for row in rows}) < len(rows):

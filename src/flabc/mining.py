@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -17,17 +18,18 @@ from flabc.compress.data.projects import Project, projects
 from flabc.console import note, progress, track
 from flabc.errors import CorpusError, UsageError, require
 from flabc.frozen import Frozen
-from flabc.runtime.evaluate.sandbox import SandboxLimits, isolation, run_all
+from flabc.runtime.evaluate.sandbox import SandboxLimits, isolation
 from flabc.runtime.evaluate.tasks import humaneval
+from flabc.runtime.evaluate.together import run_together
 
 
 class Counts(Frozen):
     """How many there were at each step, each smaller than the one before.
 
     Args:
-        projects, files, functions: what was read; functions with doctests only.
+        projects, files, functions: what was read; functions with doctests or tests of their own only.
         licensed: functions of projects whose licence is wanted.
-        complete: those that run by themselves and say what they do.
+        complete: those that run by themselves or with what is installed, and say what they do.
         distinct: those that are like no other.
         unknown: those that share no 13-gram with HumanEval.
         passing: those whose own body passes the test.
@@ -46,13 +48,25 @@ class Counts(Frozen):
 
 
 class Mined(Frozen):
-    """What mining found. ``dropped`` counts why functions were not complete."""
+    """What mining found.
+
+    Args:
+        path: the file.
+        counts: how many there were at each step.
+        dropped: why functions were not complete.
+        tested_by: where the tasks' tests are from.
+        needs: how many tasks need nothing but Python, and how many packages.
+        splits, licences, sources: tasks on each side, of each licence, and of each project.
+    """
 
     path: Path
     counts: Counts
     dropped: dict[str, int]
+    tested_by: dict[str, int]
+    needs: dict[str, int]
     splits: dict[str, int]
     licences: dict[str, int]
+    sources: dict[str, int]
 
 
 def mine(
@@ -66,7 +80,7 @@ def mine(
     allow_code_execution: bool = False,
     force: bool = False,
 ) -> Mined:
-    """Make tasks of functions with doctests, and write those that pass their own tests as JSON lines.
+    """Make tasks of functions with doctests or tests, and write those that pass these as JSON lines.
 
     Args:
         sources: folders, archives, installed packages' names, ``python-stdlib``, ``python-packages``.
@@ -91,7 +105,7 @@ def mine(
     read = list(_read(sources))
     mined = [
         (project, list(mining.mine(project, keep_doctests=keep_doctests)))
-        for project in track(read, "looking for doctests", len(read))
+        for project in track(read, "looking for doctests and tests", len(read))
     ]
     functions = sum(len(each) for _, each in mined)
     found = [each for project, some in mined if _is_wanted(project.licence, licences) for each in some]
@@ -106,8 +120,8 @@ def mine(
     if not tasks:
         raise CorpusError(
             "No task was found.",
-            expected="functions whose docstrings have doctests",
-            found=f"{functions} such functions, of which {len(complete)} run by themselves",
+            expected="functions whose docstrings have doctests, or that tests of their package are about",
+            found=f"{functions} such functions, of which {len(complete)} can be run",
         )
     artifact.write_whole(out, "".join(json.dumps(asdict(task)) + "\n" for task in tasks))
     return Mined(
@@ -124,8 +138,11 @@ def mine(
             tasks=len(tasks),
         ),
         dropped=_tally(each for each in found if isinstance(each, str)),
+        tested_by=_tally(task.tested_by for task in tasks),
+        needs=_tally(map(_need, tasks)),
         splits=_tally(task.split for task in tasks),
         licences=_tally(task.licence or "not stated" for task in tasks),
+        sources=_tally(task.project for task in tasks),
     )
 
 
@@ -174,11 +191,18 @@ def _graded(
     """The tasks whose program passes, or does not."""
     right = set[int]()
     with progress(what, len(tasks)) as advance:
-        for index, verdict in run_all(map(program, tasks), limits, workers):
+        programs, imports = [program(task) for task in tasks], [task.imports for task in tasks]
+        for index, verdict in run_together(programs, imports, limits, workers):
             advance(1)
-            if verdict.passed is passed:
+            if verdict is passed:
                 right.add(index)
     return [task for index, task in enumerate(tasks) if index in right]
+
+
+def _need(task: Task) -> str:
+    """What has to be there; Python comes with its own tests."""
+    tops = {name.split(".")[0] for name in task.imports}
+    return "Python only" if tops <= {*sys.stdlib_module_names, "test"} else "packages"
 
 
 def _tally(names: Iterator[str]) -> dict[str, int]:

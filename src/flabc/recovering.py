@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flabc import artifact
 from flabc.artifact import Artifact
+from flabc.compress import processes
 from flabc.compress.config import Recovery
 from flabc.console import note
 from flabc.errors import RecoveryError, UsageError, require
@@ -32,7 +33,8 @@ WATCHED_TEXTS = 32
 class Recovered(Frozen):
     """What training did; losses are means over dev's tokens, in nats, ``kl`` None without a teacher.
 
-    ``before`` and ``after`` have ``loss``, ``ce``, ``kl``; ``data`` is the sha256 of what was trained on.
+    ``before`` and ``after`` have ``loss``, ``ce``, ``kl``; ``data`` is the sha256 of what was trained on,
+    ``processes`` how many trained together.
     """
 
     path: Path
@@ -48,6 +50,7 @@ class Recovered(Frozen):
     before: dict[str, float | None]
     after: dict[str, float | None]
     curve: tuple[dict[str, float], ...]
+    processes: int = 1
 
 
 def recover(
@@ -59,12 +62,14 @@ def recover(
     teacher: str | None = None,
     options: Recovery | None = None,
     device: str = "cpu",
+    tensorboard: str | Path | None = None,
     resume: bool = False,
     force: bool = False,
 ) -> Recovered:
     """Train a checkpoint and write another.
 
-    States are kept in ``OUTPUT.partial`` until the end.
+    States are kept in ``OUTPUT.partial`` until the end. Where several processes train together (``accelerate
+    launch``), each returns, and the first one has written.
 
     Args:
         checkpoint: what ``compress`` wrote.
@@ -74,18 +79,24 @@ def recover(
         teacher: whom to follow: the model that the checkpoint was cut from.
         options: how.
         device: a torch device.
+        tensorboard: a folder for TensorBoard's logs.
         resume: go on with a run that was cut off.
         force: replace an output folder that is not empty, and begin a run anew that was cut off.
 
     Raises:
-        RecoveryError: if there is nothing to train on, or the loss is no number any more.
+        RecoveryError: if there is nothing to train on, the loss is no number any more, or the processes share weights.
+        MissingExtraError: if torch and its kin, or the package tensorboard where it is asked for, are not installed.
         UsageError: if arguments do not fit together, or a run was cut off and ``resume`` is not given.
         FlabcError: see ``flabc.errors``; the output folder is then as it was.
     """
     options = options or Recovery()
-    _check(options, output, data=data, text=text, teacher=teacher, resume=resume, force=force)
+    processes.check()
+    if processes.is_first():
+        _check(options, output, data=data, text=text, teacher=teacher, resume=resume, force=force)
     for package in ("torch", "transformers", "peft"):
         require(package, "compress")
+    if tensorboard is not None:
+        require("tensorboard", "tensorboard")
     from flabc.compress import checkpoint as checkpoints
     from flabc.compress import load, pipeline, recover
 
@@ -103,8 +114,11 @@ def recover(
             "teacher": source.identity() if source else "",
             "data": digest,
             "options": options.model_dump(mode="json"),
+            "processes": processes.count(),
         }
-        folder = stack.enter_context(artifact.unfinished(output, identity, force=force and not resume))
+        begun = artifact.unfinished(output, identity, force=force and not resume)
+        partial = Path(f"{Path(output).absolute()}.partial")
+        folder = stack.enter_context(processes.shared(begun, partial, device))
         followed = None
         if source is not None:
             opened = recover.open_model(source.folder, source.spec)
@@ -118,9 +132,11 @@ def recover(
             folder / "states",
             pad=_ends(model)[0],
             device=device,
+            tensorboard=Path(tensorboard) if tensorboard is not None else None,
         )
         done = _told(trained, options, Path(output), teacher, digest, train, dev)
-        _write(model, trained, done, made, options, force=force)
+        if processes.is_first():
+            _write(model, trained, done, made, options, force=force)
     return done
 
 
@@ -166,7 +182,7 @@ def _examples(
             opening = [] if options.chat else begin
             made = examples.of_pairs(pairs, tokenizer, begin=opening, end=_ends(model)[:1], max_length=room)
             side.extend(made)
-            if len(made) < len(rows):
+            if len(made) < len(rows) and processes.is_first():
                 note(f"{len(rows) - len(made)} of {len(rows)} rows leave no room for an answer in {room} tokens")
     if text is not None:
         documents = corpus.sides(text)
@@ -245,6 +261,7 @@ def _told(
         before=before,
         after=after,
         curve=tuple(dict(row) for row in trained.curve),
+        processes=processes.count(),
     )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,13 +15,16 @@ import pytest
 from flabc.compress.data import mining
 from flabc.compress.data.mining import Task, mine, split_of
 from flabc.compress.data.overlap import Benchmark, distinct
+from flabc.compress.data.package_tests import OwnTests, own_tests
 from flabc.compress.data.projects import Project, projects
+from flabc.compress.data.syntax import Home
 from flabc.errors import CorpusError, UnknownNameError
 
 MODULE = '''
 from __future__ import annotations
 import math
 import numpy as np
+import nowhere
 
 SIDES = 2
 
@@ -44,7 +49,7 @@ def double(x):
 def mean(values):
     """The mean of all of the values.
 
-    >>> mean([1, 2])
+    >>> float(mean([1, 2]))
     1.5
     """
     return np.mean(values)
@@ -59,6 +64,14 @@ def short(x):
 def plain(x):
     """No example is given here at all."""
     return x
+
+def far(x):
+    """Needs what nobody has installed.
+
+    >>> far(1)
+    1
+    """
+    return nowhere.far(x)
 
 def several(x):
     """Says and does on one line only.
@@ -89,6 +102,9 @@ def root(x):
 '''
 
 
+PKG = frozenset({"pkg", "pkg.shapes"})
+
+
 def planted() -> Project:
     return Project("planted", "MIT", (("pkg/shapes.py", MODULE),))
 
@@ -98,7 +114,7 @@ def tasks_of(project: Project, **how: bool) -> dict[str, Task]:
 
 
 def test_a_function_is_taken_with_what_it_needs_and_without_its_answers() -> None:
-    (area,) = tasks_of(planted()).values()
+    area = tasks_of(planted())["area"]
     assert area.task_id == "planted/pkg/shapes:area"
     assert area.prompt.startswith("from __future__ import annotations\nimport math\nSIDES = 2\n\n\ndef area(")
     assert ">>>" not in area.prompt
@@ -116,15 +132,90 @@ def test_a_function_is_taken_with_what_it_needs_and_without_its_answers() -> Non
 def test_what_cannot_be_a_task_says_why() -> None:
     reasons = [each for each in mine(planted()) if isinstance(each, str)]
     assert sorted(reasons) == [
-        "needs what is not of the standard library",
+        "needs what is not installed",
         "several statements on a line",
         "too few words",
     ]
 
 
+def test_what_has_to_be_installed_is_named() -> None:
+    tasks = tasks_of(planted())
+    assert {name: task.imports for name, task in tasks.items()} == {"area": (), "mean": ("numpy",)}
+    exec(tasks["mean"].program(), {})
+
+
+def test_a_function_of_a_package_imports_what_it_needs_from_it() -> None:
+    (networkx,) = projects("networkx")
+    file = next(file for file in networkx.files if file[0].endswith("strongly_connected.py"))
+    task = tasks_of(replace(networkx, files=(file,), tests=()))["is_strongly_connected"]
+    module = "networkx.algorithms.components.strongly_connected"
+    need = f"import networkx as nx\nfrom {module} import strongly_connected_components\n"
+    assert task.prompt.startswith(f"{need}\n\ndef is_strongly_connected(G):\n")
+    assert task.imports == ("networkx", module)
+    assert ">>>" not in task.prompt
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("a.b.c", False), ("a.b", True)], ids=["of a module", "of a package's own module"]
+)
+@pytest.mark.parametrize("asked", [".", ".d", "..", "..d.e"])
+def test_relative_imports_are_resolved_as_python_does(name: str, package: bool, asked: str) -> None:
+    (statement,) = ast.parse(f"from {asked} import x").body
+    assert isinstance(statement, ast.ImportFrom)
+    anchor = name if package else name.rpartition(".")[0]
+    assert Home(name, package).absolute(statement) == importlib.util.resolve_name(asked, anchor).rstrip(".")
+
+
+TESTS = """
+import unittest
+from unittest import mock
+import math
+import pkg.shapes as shapes
+from pkg.shapes import area, double, Circle
+from pkg import shapes as other
+
+def test_one():
+    assert area(1) == 3.14
+
+def test_value():
+    assert area(Circle(1)) == other.area(1)
+
+def test_two():
+    assert area(1) == double(1.57)
+
+def test_nothing():
+    area(1)
+
+def test_fixture(tmp_path):
+    assert area(1)
+
+class TestMore(unittest.TestCase):
+    def test_raises(self):
+        self.assertRaises(ValueError, shapes.area, None)
+
+    def test_hidden(self):
+        self.check(area(1))
+
+    @mock.patch("math.pi", 3)
+    def test_patched(self):
+        self.assertEqual(area(1), 3)
+
+    def test_twice(self):
+        self.assertEqual(shapes.double(math.floor(1)), 2)
+"""
+
+
+def test_a_test_is_about_the_one_function_that_it_calls() -> None:
+    project = replace(planted(), tests=(("pkg/tests/test_shapes.py", TESTS),))
+    assert own_tests(project) == {
+        ("pkg", "area"): [OwnTests("pkg.tests.test_shapes", ("test_one", "test_value", "TestMore.test_raises"), PKG)],
+        ("pkg", "double"): [OwnTests("pkg.tests.test_shapes", ("TestMore.test_twice",), PKG)],
+    }
+
+
 def test_doctests_stay_if_they_are_asked_for() -> None:
     kept = tasks_of(planted(), keep_doctests=True)
-    assert set(kept) == {"area", "short"}
+    assert set(kept) == {"area", "mean", "short"}
     assert ">>> area(1)\n    3.14\n" in kept["area"].prompt
 
 

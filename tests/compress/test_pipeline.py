@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from flabc.compress import load, pipeline, stage
-from flabc.compress.config import Calibration, LayersConfig, Target, VocabConfig, WidthsConfig
+from flabc.compress.config import Calibration, LayersConfig, RecoverConfig, Target, VocabConfig, WidthsConfig
 from flabc.compress.data import corpus
 from flabc.compress.data.corpus import Document
 from flabc.compress.model import CausalLM, TokenizerFiles
@@ -46,6 +46,23 @@ def test_every_stage_leaves_a_receipt_in_order(tied: CausalLM, ran: Ran) -> None
     assert sizes[-1] == model.spec.num_parameters
     assert all(receipt.summary.startswith(f"{receipt.stage}: ") for receipt in receipts)
     assert receipts[1].as_dict().keys() == {"stage", "summary", "parameters", "seconds", "details"}
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_recipe_may_prune_recover_and_prune_again(tied: CausalLM, calibration: Calibration) -> None:
+    learn = RecoverConfig(method="distill", sequences=20, max_length=48, learning_rate=3e-4, batch=2)
+    cut = WidthsConfig.model_validate({"rate": 0.5, "multiple_of": 4})
+    again = WidthsConfig.model_validate({"rate": 0.5, "multiple_of": 4})
+    first, before, _ = pipeline.run(tied, [cut], target=None, calibration=calibration)
+    model, receipts, _ = pipeline.run(tied, [cut, learn, again, learn], target=None, calibration=calibration)
+    assert [receipt.stage for receipt in receipts] == ["widths", "recover", "widths", "recover"]
+    one, two, three, four = (receipt.parameters for receipt in receipts)
+    assert before[0].parameters == one == two > three == four == model.spec.num_parameters
+    for receipt in (receipts[1], receipts[3]):
+        assert receipt.details["after"]["kl"] < receipt.details["before"]["kl"]
+        assert 0 < receipt.details["tokens"] <= 18 * 47
+    trained, _ = pipeline.run_stages(first, [learn], pipeline.context_of(tied, None, calibration, "cpu", 0))
+    assert any(not torch.equal(trained.weights[name], first.weights[name]) for name in first.spec.shapes())  # type: ignore[arg-type]
 
 
 def test_the_receipts_tell_what_became_of_the_model(ran: Ran) -> None:

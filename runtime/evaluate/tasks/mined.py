@@ -1,11 +1,14 @@
 """Mined tasks: functions of real code with executable tests, one JSON object per line.
 
 Fields: ``task_id``, ``prompt`` (signature and docstring), ``canonical_solution``, ``test`` (code that runs behind them
-and fails by raising), ``split`` (train, dev or test). ``flabc data mine`` writes such files.
+and fails by raising), ``split`` (train, dev or test), and, if packages have to be installed, ``imports``: the modules
+that prompt and test need. The sandbox shows what is installed beside flabc. ``flabc data mine`` writes such files.
 """
 
 from __future__ import annotations
 
+import importlib.util
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ def problems(source: Path | None, choices: Sequence[str] = ()) -> list[Problem]:
     """The tasks of the splits chosen, by default ``test``.
 
     Raises:
-        CorpusError: if no file is given, or it has no task of these splits.
+        CorpusError: if no file is given, it has no task of these splits, or they need what is not installed.
         UnknownNameError: if a split is neither dev nor test.
     """
     if source is None:
@@ -36,10 +39,26 @@ def problems(source: Path | None, choices: Sequence[str] = ()) -> list[Problem]:
     for name in wanted:
         if name not in SPLITS:
             raise UnknownNameError("split", name, SPLITS)
-    found = [problem(row) for row in read_jsonl(source) if field(row, "split") in wanted]
-    if not found:
+    rows = [row for row in read_jsonl(source) if field(row, "split") in wanted]
+    if not rows:
         raise CorpusError(f"{source} has no task of the split {' or '.join(wanted)}.")
-    return found
+    check_imports(rows)
+    return [problem(row) for row in rows]
+
+
+def check_imports(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Before a model is asked: every answer would be wrong where the tests cannot be run.
+
+    Raises:
+        CorpusError: if a task needs a package that is not installed here.
+    """
+    needed = Counter(top for row in rows for top in {str(name).split(".")[0] for name in row.get("imports") or ()})
+    if lacking := [name for name in sorted(needed) if importlib.util.find_spec(name) is None]:
+        raise CorpusError(
+            f"{sum(needed[name] for name in lacking)} tasks need packages that are not installed.",
+            expected=", ".join(lacking),
+            fix="Install them beside flabc, or take the rows that name them in 'imports' out of the file.",
+        )
 
 
 def problem(row: dict[str, Any]) -> Problem:

@@ -52,13 +52,14 @@ def mine(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Make tasks of functions whose docstrings hold doctests.
+    """Make tasks of functions that have docstrings, and doctests or tests.
 
     SOURCE is a folder, an archive (zip, whl, tar), the name of an installed package, python-stdlib, or
     python-packages: all that are installed. A task has the signature and the docstring, with what the function needs
-    of its module before it; its doctests, taken out of the docstring, are the test. Near-duplicates go, and what
-    HumanEval has, and what does not pass its own test in the sandbox or passes it with an empty body. A project is
-    on one side of train, dev and test.
+    of its module before it, or, in an installed package, imports of that; the field imports names what has to be
+    installed. Its doctests, taken out of the docstring, are the test, or those tests of its package that call no
+    other function of it. Near-duplicates go, and what HumanEval has, and what does not pass its own test in the
+    sandbox or passes it with an empty body. A project is on one side of train, dev and test.
 
     \b
     flabc data mine python-stdlib more-itertools ./src -o tasks.jsonl
@@ -123,6 +124,10 @@ def _show_customised(found: Customised) -> None:
 def _show(found: Mined) -> None:
     for step, count in found.counts.model_dump().items():
         click.echo(f"{step:<10} {count:>8,}")
-    for kind, counts in (("left out", found.dropped), ("split", found.splits), ("licence", found.licences)):
-        click.echo(f"{kind}: {', '.join(f'{name} {count:,}' for name, count in counts.items()) or 'none'}", err=True)
+    tallies = found.model_dump(include={"dropped", "tested_by", "needs", "splits", "licences"})
+    for kind, counts in tallies.items():
+        click.echo(
+            f"{kind.replace('_', ' ')}: {', '.join(f'{name} {count:,}' for name, count in counts.items()) or 'none'}",
+            err=True,
+        )
     click.echo(f"wrote {found.path}", err=True)

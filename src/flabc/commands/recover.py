@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 @click.option("--epochs", type=float, default=1.0, show_default=True, help="How often every example is seen.")
 @click.option("--max-steps", type=AT_LEAST_ONE, help="Optimiser steps at most.")
 @click.option("--learning-rate", type=float, default=2e-4, show_default=True, help="At the peak of a cosine.")
-@click.option("--batch", type=AT_LEAST_ONE, default=4, show_default=True, help="Sequences at once.")
+@click.option("--batch", type=AT_LEAST_ONE, default=4, show_default=True, help="Sequences at once, in each process.")
 @click.option("--accumulate", type=AT_LEAST_ONE, default=1, show_default=True, help="Batches to a step.")
 @click.option("--max-length", type=click.IntRange(2), default=1024, show_default=True, help="Tokens of a sequence.")
 @click.option("--packing", is_flag=True, help="Fill sequences with several examples, which do not see each other.")
@@ -55,6 +55,9 @@ if TYPE_CHECKING:
 @click.option("--patience", type=AT_LEAST_ONE, default=3, show_default=True, help="Looks without progress; then stop.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Makes training repeatable.")
 @click.option("--device", default="cpu", show_default=True, help="A torch device.")
+@click.option(
+    "--tensorboard", type=click.Path(file_okay=False, path_type=Path), help="A folder for TensorBoard's logs."
+)
 @click.option("--resume", is_flag=True, help="Go on with a run that was cut off.")
 @click.option("--force", is_flag=True, help="Replace an output folder that is not empty, or begin a run anew.")
 @json_option
@@ -65,6 +68,7 @@ def recover(
     text: str | None,
     teacher: str | None,
     device: str,
+    tensorboard: Path | None,
     resume: bool,
     force: bool,
     as_json: bool,
@@ -74,12 +78,15 @@ def recover(
 
     Prompts are not learnt, only answers. Rows of the split test are never trained on; dev is watched, and the state
     with the least loss on it is what is written, as an ordinary checkpoint whose flabc.json says what was done.
+    Several processes train together under accelerate launch, each with the whole model.
 
     \b
     flabc recover pruned --data tasks.jsonl -o recovered
     flabc recover pruned --teacher smollm2-135m --method distill --text python-stdlib --learning-rate 5e-5 -o recovered
+    accelerate launch --multi_gpu -m flabc recover pruned --data tasks.jsonl --device cuda -o recovered
     """
     from flabc import recovering
+    from flabc.compress import processes
     from flabc.compress.config import Recovery
 
     try:
@@ -94,10 +101,12 @@ def recover(
         teacher=teacher,
         options=parsed,
         device=device,
+        tensorboard=tensorboard,
         resume=resume,
         force=force,
     )
-    emit(as_json, found, lambda: _show(found))
+    if processes.is_first():
+        emit(as_json, found, lambda: _show(found))
 
 
 def _show(found: Recovered) -> None:

@@ -1,0 +1,96 @@
+"""The recover stage: training between cuts, so that a recipe may prune, recover and prune again.
+
+It trains on the calibration text, after the dense model in the present vocabulary unless it is told otherwise, and
+keeps the state that does best on a tenth of that text. Iterative pruning is that of Han et al. (2015) and, for language
+models, of Minitron (Muralidharan et al., 2024). ``flabc recover`` trains a finished checkpoint, on tasks too.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import checkpoint
+from .config import RecoverConfig
+from .data.examples import DEV_ONE_IN, Example
+from .model import CausalLM, cut_vocab
+from .stage import Context, Plan, Stage, encoder, openings, sequences
+from .stored import Weight
+
+if TYPE_CHECKING:
+    from .recover import Teacher, Trained
+
+
+@dataclass(frozen=True)
+class RecoverPlan(Plan):
+    """The trained weights by checkpoint name, in the model's dtype."""
+
+    trained: Mapping[str, Weight] = field(default_factory=dict)
+
+
+def plan(model: CausalLM, config: RecoverConfig, context: Context) -> RecoverPlan:
+    """Train a copy of the model.
+
+    Raises:
+        CorpusError: if the text has too few sequences.
+        RecoveryError: if the loss is no number any more.
+    """
+    length = min(config.max_length, model.spec.max_position_embeddings)
+    tokenizer, count = encoder(model.tokenizer), config.sequences
+    rows = sequences(tokenizer, context.documents, count, length, context.seed, openings(model))  # (N, T)
+    examples = [Example(tuple(row), 1) for row in rows.tolist()]
+    watched = max(1, count // DEV_ONE_IN)
+    with tempfile.TemporaryDirectory(prefix="flabc-") as scratch:
+        done = _trained(model, config, context, examples[watched:], examples[:watched], Path(scratch))
+    before, after = done.before, done.after
+    details = {
+        "method": config.method,
+        "tokens": done.tokens,
+        "steps": done.steps,
+        "best_step": done.best_step,
+        "before": {"loss": before.loss, "ce": before.ce, "kl": before.kl},
+        "after": {"loss": after.loss, "ce": after.ce, "kl": after.kl},
+    }
+    summary = f"recover: {done.tokens:,} tokens; loss {before.loss:.4f} → {after.loss:.4f} nats a token"
+    weights = {name: context.keep(done.weights[name], model) for name in model.spec.shapes()}
+    return RecoverPlan(summary, details, weights)
+
+
+def _trained(
+    model: CausalLM,
+    config: RecoverConfig,
+    context: Context,
+    examples: list[Example],
+    dev: list[Example],
+    scratch: Path,
+) -> Trained:
+    from . import recover
+
+    options, device = config.options(context.seed), str(context.device)
+    teacher: Teacher | None = None
+    if options.share_of_kl(teacher=True):
+        dense = cut_vocab(context.dense, model.token_origin)
+        opened = _opened(dense, scratch / "dense")
+        teacher = recover.teacher_of(opened, None, model.spec.vocab_size, device)
+    student = _opened(model, scratch / "model")
+    return recover.train(student, teacher, examples, dev, options, scratch / "states", pad=0, device=device)
+
+
+def _opened(model: CausalLM, folder: Path) -> Any:
+    """The model in transformers, by a folder, as everybody opens it."""
+    from . import recover
+
+    folder.mkdir()
+    checkpoint.write(model, folder)
+    return recover.open_model(folder, model.spec)
+
+
+def apply(model: CausalLM, plan: RecoverPlan) -> CausalLM:
+    """Put the trained weights in place."""
+    return replace(model, weights={**model.weights, **plan.trained})
+
+
+RECOVER: Stage[RecoverConfig, RecoverPlan] = Stage(plan, apply)
