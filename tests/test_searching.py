@@ -14,13 +14,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import yaml
 from click.testing import CliRunner
 
-from flabc import api, recipe, searching
+from flabc import api, recipe, searching, sweeping
 from flabc.cli import cli
+from flabc.commands.parameters import Targets
 from flabc.errors import ArtifactError, CorpusError, LanguageModelError, UnknownNameError, UsageError
 from flabc.searching import Options, Searched
 
@@ -218,3 +220,38 @@ def test_the_command_prints_a_table_or_one_object(model: str, wanted: Path, tmp_
     assert json.loads(told.stdout)["evaluations"] == 1
     wrong = CliRunner().invoke(cli, [*arguments, "-o", "x", "--sequences", "two"])
     assert "apart by commas" in wrong.stderr
+
+
+def test_a_sweep_goes_from_large_to_small(model: str, wanted: Path, tmp_path: Path) -> None:
+    few = SMALL.model_copy(update={"evaluations": 16})
+    done = sweeping.sweep(model, wanted, tmp_path / "swept", (0.7, 0.8, 0.75), few)
+    assert [point.target for point in done.points] == [0.8, 0.75, 0.7]
+    sizes, costs = zip(*((point.parameters, point.heldout_kl) for point in done.points), strict=True)
+    assert list(sizes) == sorted(sizes, reverse=True)
+    assert list(costs) == sorted(costs)
+    with (done.path / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [sweeping.Point.model_validate(row) for row in rows] == list(done.points)
+    for point in done.points:
+        kept = api.compress(model, done.path / point.recipe, None).spec
+        assert kept.num_parameters == point.parameters
+    # The second search begins with what the first found, cut to its own budget.
+    with (done.path / "0.75" / "candidates.csv").open() as file:
+        assert next(csv.DictReader(file))["origin"] == "start"
+    assert ElementTree.parse(done.path / "sweep.svg").getroot().tag.endswith("svg")
+    again = sweeping.sweep(model, wanted, tmp_path / "swept", (0.7, 0.8, 0.75), few, resume=True)
+    assert again == done
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"), [("0.5:0.9:0.1", (0.5, 0.6, 0.7, 0.8, 0.9)), ("0.7,0.65", (0.7, 0.65)), ("0.5:0.6:0.2", (0.5,))]
+)
+def test_targets_are_read_as_they_are_meant(said: str, meant: tuple[float, ...]) -> None:
+    assert Targets()(said) == meant
+
+
+@pytest.mark.parametrize("said", ["1:2:0.5", "0.9:0.5:0.1", "0.5:0.9", "0.5:0.9:0", "a", ""])
+def test_targets_that_make_no_sense_are_refused(said: str, tmp_path: Path) -> None:
+    found = CliRunner().invoke(cli, ["search", "nothing", "--sweep", said, "-o", str(tmp_path / "out")])
+    assert found.exit_code == 2
+    assert "expected fractions between 0 and 1" in found.output

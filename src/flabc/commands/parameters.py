@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any, TypeVar
 
 import click
@@ -62,6 +63,26 @@ class Numbers(click.ParamType[tuple[int, ...]]):
         if not all(part.strip().isdecimal() and int(part) for part in parts):
             self.fail(f"{value!r}: expected whole numbers from 1 on, apart by commas, e.g. 1,8.", param, ctx)
         return tuple(int(part) for part in parts)
+
+
+class Targets(click.ParamType[tuple[float, ...]]):
+    """Fractions between 0 and 1: ``0.5:0.9:0.1``, both ends meant, or apart by commas."""
+
+    name = "targets"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """Read them, or say how they are written."""
+        try:
+            if ":" in str(value):
+                first, last, step = (Decimal(part) for part in str(value).split(":"))
+                found = tuple(float(first + step * n) for n in range(int((last - first) / step) + 1))
+            else:
+                found = tuple(float(part) for part in str(value).split(","))
+        except (ArithmeticError, ValueError):
+            found = ()
+        if not found or not all(0 < each < 1 for each in found):
+            self.fail(f"{value!r}: expected fractions between 0 and 1, e.g. 0.5:0.9:0.1 or 0.7,0.8.", param, ctx)
+        return found
 
 
 def json_option(command: F) -> F:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .parameters import AT_LEAST_ONE, FORCE, Numbers, emit, json_option
+from .parameters import AT_LEAST_ONE, FORCE, Numbers, Targets, emit, json_option
 
 if TYPE_CHECKING:
     from flabc.searching import Searched
+    from flabc.sweeping import Swept
 
 
 @click.command()
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
     "--target",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="The fraction of the parameters to keep, in place of the recipe's.",
+)
+@click.option(
+    "--sweep",
+    "targets",
+    type=Targets(),
+    help="Several fractions, FROM:TO:STEP or apart by commas: a search for each, a table and a drawing.",
 )
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
 @click.option(
@@ -62,6 +69,7 @@ def search(
     model: str | None,
     recipe: str | None,
     target: float | None,
+    targets: tuple[float, ...] | None,
     output: Path,
     seed: int | None,
     overrides: Sequence[str],
@@ -82,24 +90,28 @@ def search(
     flabc search smollm2-135m --target 0.78 -o searched
     flabc compress smollm2-135m --recipe searched/recipe.yaml -o pruned
     flabc search smollm2-135m --recipe searched/recipe.yaml --target 0.7 --evaluations 100 -o tighter
+    flabc search smollm2-135m --sweep 0.5:0.9:0.1 -o swept
     """
-    from flabc import searching
+    from flabc import searching, sweeping
     from flabc.project import Project, find, settle
 
+    if target is not None and targets is not None:
+        raise click.UsageError("--target is one fraction, --sweep are several: give one of them.")
     model = settle(model, "model", "MODEL")
     project = find() or Project(model=model)
-    found = searching.search(
-        model,
-        recipe or project.recipe,
-        output,
-        searching.Options(**options),
-        target=target,
-        overrides=overrides,
-        device=device,
-        seed=project.seed if seed is None else seed,
-        resume=resume,
-        force=force,
-    )
+    shared: dict[str, Any] = {
+        "overrides": overrides,
+        "device": device,
+        "seed": project.seed if seed is None else seed,
+        "resume": resume,
+        "force": force,
+    }
+    asked = (model, recipe or project.recipe, output)
+    if targets is not None:
+        swept = sweeping.sweep(*asked, targets, searching.Options(**options), **shared)
+        emit(as_json, swept, lambda: _show_sweep(swept))
+        return
+    found = searching.search(*asked, searching.Options(**options), target=target, **shared)
     emit(as_json, found, lambda: _show(found))
 
 
@@ -111,3 +123,11 @@ def _show(found: Searched) -> None:
         tokens = f"{found.prompt_tokens:,} + {found.completion_tokens:,} tokens"
         click.echo(f"{found.valid} of {found.asked} answers could be used; {tokens}", err=True)
     click.echo(f"{found.evaluations} evaluations; wrote {found.path / 'recipe.yaml'}", err=True)
+
+
+def _show_sweep(swept: Swept) -> None:
+    click.echo(f"{'kept':>6} {'parameters':>12} {'held-out KL':>12} {'uniform':>9}")
+    for point in swept.points:
+        size = f"{point.parameters / 1e6:>10.2f} M"
+        click.echo(f"{point.target:>6.0%} {size} {point.heldout_kl:>12.4f} {point.uniform_heldout_kl:>9.4f}")
+    click.echo(f"wrote {swept.path / 'sweep.csv'}, sweep.svg, and a recipe for each", err=True)

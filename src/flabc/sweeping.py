@@ -1,0 +1,118 @@
+"""A sweep: a search for each of several targets, the largest first, each going on from the rates found before it."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flabc import artifact
+from flabc.errors import UsageError, require
+from flabc.frozen import Frozen
+from flabc.perf.sweep_plot import write_curves
+from flabc.recipe import Recipe, parse
+from flabc.recipe import load as load_recipe
+from flabc.searching import RECIPE, Options, Searched, search
+
+#: The files of an output folder, beside a search's folder for each target.
+TABLE, DRAWING = "sweep.csv", "sweep.svg"
+
+
+class Point(Frozen):
+    """What was found for one target: parameters of the model, KL to the dense one in nats per token, and the same of
+    the even rate; ``recipe`` is where the rates are, below the sweep's folder.
+    """
+
+    target: float
+    parameters: int
+    kl: float
+    heldout_kl: float
+    uniform_kl: float
+    uniform_heldout_kl: float
+    evaluations: int
+    recipe: str
+
+
+class Swept(Frozen):
+    """What a sweep found, the largest model first."""
+
+    path: Path
+    operator: str
+    points: tuple[Point, ...]
+
+
+def sweep(
+    model: str,
+    recipe: str | Path | Recipe,
+    output: str | Path,
+    targets: Sequence[float],
+    options: Options | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    device: str = "cpu",
+    seed: int = 0,
+    resume: bool = False,
+    force: bool = False,
+) -> Swept:
+    """Search for each target, and write a table and a drawing of what size costs.
+
+    Args:
+        model: see ``search``.
+        recipe: see ``search``.
+        output: the folder to write: a folder of a search for each target, ``sweep.csv`` and ``sweep.svg``.
+        targets: fractions of the parameters to keep.
+        options: how, for each target.
+        overrides: changes to the recipe, ``path=value`` each.
+        device: a torch device.
+        seed: of every search.
+        resume: go on with a sweep that was cut off.
+        force: replace what is there.
+
+    Raises:
+        UsageError: if there is no target, or one that is no fraction.
+        FlabcError: see ``search``; what was evaluated is in the journals.
+    """
+    if not targets or not all(0 < target < 1 for target in targets):
+        raise UsageError("A sweep needs targets.", expected="fractions between 0 and 1", found=f"{list(targets)}")
+    require("matplotlib", "report")
+    out, options = Path(output), options or Options()
+    artifact.check_free(out, force=force or resume)
+    start = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    points = list[Point]()
+    for target in sorted(set(targets), reverse=True):
+        at = out / f"{target:g}"
+        found = search(
+            model, start, at, options, target=target, device=device, seed=seed, resume=resume, force=force or resume
+        )
+        points.append(_point(found, target, out))
+        start = parse(found.recipe, str(at / RECIPE))  # a smaller model begins where a larger one ended
+    done = Swept(path=out, operator=options.operator, points=tuple(points))
+    _write(done)
+    return done
+
+
+def _point(found: Searched, target: float, out: Path) -> Point:
+    return Point(
+        target=target,
+        parameters=found.best.parameters,
+        kl=found.best.kl,
+        heldout_kl=found.best.heldout_kl,
+        uniform_kl=found.uniform.kl,
+        uniform_heldout_kl=found.uniform.heldout_kl,
+        evaluations=found.evaluations,
+        recipe=str((found.path / RECIPE).relative_to(out)),
+    )
+
+
+def _write(done: Swept) -> None:
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(Point.model_fields), lineterminator="\n")
+    table.writeheader()
+    table.writerows(point.model_dump() for point in done.points)
+    artifact.write_whole(done.path / TABLE, text.getvalue())
+    curves: dict[str, Any] = {"uniform": [(point.parameters, point.uniform_heldout_kl) for point in done.points]}
+    if done.operator != "uniform":
+        curves[done.operator] = [(point.parameters, point.heldout_kl) for point in done.points]
+    write_curves(curves, done.path / DRAWING)
