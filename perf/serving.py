@@ -1,9 +1,11 @@
-"""What serving an engine gives and takes: one client and sixteen, a soak, the first token, Python's share of a step.
+"""What serving an engine gives and takes: one client and sixteen, a soak, the first token, Python's share of a step,
+and whether a request is answered beside others as alone.
 
     python perf/serving.py throughput engine
     python perf/serving.py soak engine --minutes 10
     python perf/serving.py first-token engine
     python perf/serving.py overhead engine
+    python perf/serving.py mixed engine
 
 Each writes ``perf/results/serving-<what>.json``.
 """
@@ -23,11 +25,13 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from flabc.errors import require
 from flabc.runtime.measure.environment import environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -36,6 +40,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 TEXT = '"""Numbers."""\n\n\ndef fibonacci(n: int) -> int:\n    """The n-th."""\n    return n if n < 2 else '
 
 CLIENTS = 16
+
+#: Requests of all kinds.
+MIXED = 200
 
 #: Overload: so many times the clients that fill the batch.
 SOAKING = 2
@@ -57,6 +64,8 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.process.terminate()
         self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
 
     def rss_mib(self) -> float:
         """Resident memory."""
@@ -239,6 +248,59 @@ def overhead(asked: argparse.Namespace) -> dict[str, Any]:
     return {"steps": found}
 
 
+def mixed(asked: argparse.Namespace) -> dict[str, Any]:
+    """Whether requests of all kinds, sixteen at a time, are answered as each is alone by a session, to the character.
+
+    Streamed or not, chats or texts, one prompt or three, with stop strings or without, through OpenAI's client.
+    """
+    from flabc.runtime.backend import Limits
+    from flabc.runtime.sampling import SamplingParams
+    from flabc.runtime.session import Session
+
+    rng, cases = random.Random(3), list[_Case]()
+    text = 5 * (TEXT + "fibonacci(n - 1) + fibonacci(n - 2)\n\n\nclass Point:\n    pass\n")
+    for n in range(MIXED):
+        begin = [rng.randrange(40) for _ in range(3 if n % 4 == 3 else 1)]
+        prompts = [text[at : at + rng.randrange(1, 200)] for at in begin]
+        cases.append(_Case(n, prompts, rng.choice([(), ("e",), ("ab", "\n")]), rng.randrange(1, asked.tokens)))
+    room = ("--max-length", "512", "--max-batch", "8", "--max-queue", str(2 * MIXED), "--prefill-tokens", "32")
+    with Server(asked.engine, *room) as server:
+        client = require("openai", "eval").OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        with client, ThreadPoolExecutor(CLIENTS) as pool:
+            found = list(pool.map(lambda case: case.said_to(client, server.model), cases))
+    session, differ = Session.open(asked.engine, limits=Limits(max_length=512)), list[dict[str, Any]]()
+    for case, said in zip(cases, found, strict=True):
+        params = SamplingParams(max_tokens=case.tokens, stop=case.stop)
+        alone = [session.generate(each, params).text for each in case.asked]
+        differ += [{"prompts": case.prompts, "served": said, "alone": alone}] if said != alone else []
+    return {"requests": len(cases), "answered_as_alone": len(cases) - len(differ), "different": differ}
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One of the mixed requests; its number says of which kind."""
+
+    number: int
+    prompts: list[str]
+    stop: tuple[str, ...]
+    tokens: int
+
+    @property
+    def asked(self) -> Sequence[Any]:
+        """Its prompts, as a session takes them."""
+        return [[{"role": "user", "content": self.prompts[0]}]] if self.number % 4 == 1 else self.prompts
+
+    def said_to(self, client: Any, model: str) -> list[str]:
+        """The server's answers."""
+        drawn = {"model": model, "max_tokens": self.tokens, "temperature": 0, "stop": list(self.stop) or None}
+        if self.number % 4 == 0:
+            pieces = client.completions.create(prompt=self.prompts[0], stream=True, **drawn)
+            return ["".join(piece.choices[0].text for piece in pieces)]
+        if self.number % 4 == 1:
+            return [client.chat.completions.create(messages=self.asked[0], **drawn).choices[0].message.content or ""]
+        return [choice.text for choice in client.completions.create(prompt=self.prompts, **drawn).choices]
+
+
 def _timed(backend: Any) -> list[float]:
     """Time the runtime's own call from now on; a list of one number, the seconds spent in it."""
     spent = [0.0]
@@ -267,6 +329,7 @@ def _share(step: Callable[[], object], count: int, inside: Sequence[float]) -> d
 
 MEASURES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "first-token": first_token,
+    "mixed": mixed,
     "overhead": overhead,
     "soak": soak,
     "throughput": throughput,

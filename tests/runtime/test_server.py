@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import random
 import re
 import signal
 import socket
@@ -13,6 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +25,7 @@ import pytest
 
 from flabc import api
 from flabc.perf.server_fuzz import fuzz
+from flabc.perf.serving import mixed
 from flabc.runtime.backend import Limits
 from flabc.runtime.evaluate.task import EvalOptions
 from flabc.runtime.sampling import SamplingParams
@@ -233,48 +234,9 @@ def test_a_seed_makes_an_answer_repeatable_in_any_company(live: Live, session: S
 
 
 @pytest.mark.parametrize("folder", ["tiny_engine", "tiny_dense_engine"])
-def test_200_mixed_requests_are_answered_as_alone(folder: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    engine = request.getfixturevalue(folder)
-    session = Session.open(engine, limits=Limits(max_length=LENGTH))
-    server = Live(
-        engine,
-        tmp_path / "log",
-        "--max-length",
-        str(LENGTH),
-        "--max-batch",
-        "8",
-        "--max-queue",
-        "400",
-        "--prefill-tokens",
-        "32",
-    )
-    client, rng = server.client(), random.Random(3)
-    text = (PROMPT + " 1 if n < 2 else fibonacci(n - 1)\n\n\nclass Point:\n    pass\n") * 5
-
-    def ask(n: int, prompts: list[str], stop: tuple[str, ...], wanted: int) -> list[str]:
-        drawn: dict[str, Any] = {"model": "tiny", "max_tokens": wanted, "temperature": 0, "stop": list(stop) or None}
-        if n % 4 == 0:
-            pieces = client.completions.create(prompt=prompts[0], stream=True, **drawn)
-            return ["".join(piece.choices[0].text for piece in pieces)]
-        if n % 4 == 1:
-            talk = [{"role": "user", "content": prompts[0]}]
-            return [client.chat.completions.create(messages=talk, **drawn).choices[0].message.content or ""]
-        return [choice.text for choice in client.completions.create(prompt=prompts, **drawn).choices]
-
-    cases = []
-    for n in range(200):
-        begin = [rng.randrange(40) for _ in range(1 + 2 * (n % 4 == 3))]
-        prompts = [text[at : at + rng.randrange(1, 200)] for at in begin]
-        cases.append((n, prompts, rng.choice([(), ("e",), ("ab", "\n")]), rng.randrange(1, 24)))
-    try:
-        with ThreadPoolExecutor(16) as pool:
-            found = list(pool.map(lambda case: ask(*case), cases))
-    finally:
-        server.close()
-    for (n, prompts, stop, wanted), said in zip(cases, found, strict=True):
-        params = SamplingParams(max_tokens=wanted, stop=stop)
-        asked = [[{"role": "user", "content": prompts[0]}]] if n % 4 == 1 else prompts
-        assert said == [session.generate(each, params).text for each in asked]
+def test_200_mixed_requests_are_answered_as_alone(folder: str, request: pytest.FixtureRequest) -> None:
+    found = mixed(Namespace(engine=request.getfixturevalue(folder), tokens=24))
+    assert found == {"requests": 200, "answered_as_alone": 200, "different": []}
 
 
 @pytest.mark.parametrize(
