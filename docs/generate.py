@@ -47,7 +47,7 @@ def generated() -> dict[Path, str]:
 
 def serving() -> str:
     """The page about serving with what was measured of it."""
-    whats = ("throughput", "soak", "first-token", "overhead")
+    whats = ("throughput", "soak", "first-token", "overhead", "mixed")
     found = {what: json.loads((RESULTS / f"serving-{what}.json").read_text(encoding="utf-8")) for what in whats}
     fuzz = json.loads((RESULTS / "server-fuzz.json").read_text(encoding="utf-8"))
     rates = {clients: median(each) for clients, each in found["throughput"]["tokens_per_s"].items()}
@@ -61,6 +61,8 @@ def serving() -> str:
         f"and a queue of {soak['max_queue']}: {said};",
         f"  {soak['answers_cut_off']} answers shorter than asked for, never more than {soak['most_at_once']:.0f} "
         f"requests inside, resident memory {soak['rss_mib']['ratio'] - 1:+.1%}.",
+        f"- {found['mixed']['requests']} requests of all kinds, sixteen at a time (the demo's engines, float32): "
+        f"{found['mixed']['answered_as_alone']} are answered as alone.",
         f"- From opening the engine to its first token: {opened} s.",
         f"- {fuzz['requests']:,} requests that schemathesis made of the OpenAPI document, right and wrong ones, on a "
         "tiny engine: no 5xx, none hung;",
