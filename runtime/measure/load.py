@@ -168,7 +168,8 @@ def measure_load(
         EngineError: if an engine cannot be opened, dies, or does not produce the tokens it should.
     """
     full = workload.model_copy(update={"batch": plan.max_batch})
-    loads = [*({"concurrency": n} for n in plan.concurrency), *({"arrival_rate": r} for r in plan.arrival_rate)]
+    loads: list[dict[str, Any]] = [{"concurrency": clients} for clients in plan.concurrency]
+    loads += [{"arrival_rate": rate} for rate in plan.arrival_rate]
     # Processes of their own: a cache for a whole batch is none of what a single sequence's memory is measured by.
     with opened(baseline, full) as a, opened(candidate, full) as b:
         for side in (a, b):
