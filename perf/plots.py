@@ -16,6 +16,7 @@ from flabc.errors import require
 from flabc.runtime.measure.result import BenchResult, Cell, Sample, Side
 from flabc.spec import ModelSpec
 
+from .load_table import LoadFigures, figures
 from .statistics import median, percentile
 from .table import cells, quantity, scaled
 
@@ -77,6 +78,7 @@ def plots(result: BenchResult) -> list[Plot]:
         drawn.append(_over_position(dense.samples, pruned.samples))
     if len({cell.batch for cell in _batches(result)}) > 1:
         drawn.append(_over_batch(_batches(result)))
+    drawn += _over_load(figures(result))
     return [*drawn, _by_component(dense.spec, pruned.spec), *_shapes(dense.spec, pruned.spec)]
 
 
@@ -217,6 +219,40 @@ def _over_batch(swept: Sequence[Cell]) -> Plot:
         axes.set_ylabel("tokens/s")
 
     return Plot("batch", "Decode by batch", "Tokens per second of all sequences together, medians.", spoken, draw)
+
+
+def _over_load(measured: Sequence[LoadFigures]) -> Iterator[Plot]:
+    """Latency over arrival rates and over clients, where there are several of them."""
+    rates = sorted((each for each in measured if each.arrival_rate), key=lambda each: each.arrival_rate or 0)
+    clients = sorted((each for each in measured if each.concurrency), key=lambda each: each.concurrency or 0)
+    if len({each.arrival_rate for each in rates}) > 1:
+        at = [(each.arrival_rate or 0, each) for each in rates]
+        yield _latency("rate", "Latency by arrival rate", "requests per second that come", at)
+    if len({each.concurrency for each in clients}) > 1:
+        at = [(each.concurrency or 0, each) for each in clients]
+        yield _latency("clients", "Latency by clients", "clients", at)
+
+
+def _latency(name: str, title: str, unit: str, at: Sequence[tuple[float, LoadFigures]]) -> Plot:
+    sides = {side: [(x, each.latency_ms) for x, each in at if each.side == side] for side in ("dense", "pruned")}
+    spoken = "; ".join(
+        f"{side}: " + ", ".join(f"{quantity(ms['p50'], 'ms')} at {x:g}" for x, ms in curve)
+        for side, curve in sides.items()
+    )
+
+    def draw(axes: Axes) -> None:
+        for side, curve in sides.items():
+            for quantile, line in (("p50", "-"), ("p95", ":")):
+                seconds = [ms[quantile] / 1000 for _, ms in curve]
+                xs = [x for x, _ in curve]
+                axes.plot(xs, seconds, line, color=INKS[side], linewidth=1.8, marker="o", markersize=4)
+        axes.set_ylim(0, 1.1 * max(ms["p95"] for curve in sides.values() for _, ms in curve) / 1000)
+        axes.set_xlim(left=0)
+        axes.grid(axis="y", color=INKS["grid"], linewidth=0.8)
+        axes.set_xlabel(unit)
+        axes.set_ylabel("s")
+
+    return Plot(name, title, "From the arrival to the last token; lines are medians, dotted ones p95.", spoken, draw)
 
 
 def _by_component(dense: ModelSpec, pruned: ModelSpec) -> Plot:

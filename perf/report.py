@@ -15,6 +15,7 @@ from typing import Any
 
 from flabc.runtime.measure.result import BenchResult, Cell, Energy, Side
 
+from . import load_table
 from .plots import plots, svg
 from .statistics import median, median_ratio, median_ratio_interval, percentiles
 from .table import Row, as_markdown, cells, conversion, interval_text, quantity, rows, significant, times
@@ -53,6 +54,8 @@ def write_html(result: BenchResult, file: Path, title: str = TITLE) -> None:
         sides={"dense": result.baseline, "pruned": result.candidate},
         spreads=list(spreads(result)),
         sweep=sweep(result),
+        load=load_table.rows(result),
+        load_note=load_table.note(result.load.plan) if result.load else "",
         facts=facts(result),
         quantity=quantity,
         times=times,
@@ -66,12 +69,18 @@ def write_markdown(result: BenchResult, file: Path, title: str = TITLE) -> None:
     table = rows(result)
     parts = [f"# {_prose(title)}\n", summary(table) + "\n", as_markdown(table)]
     if swept := sweep(result):
-        lines = [list(swept[0]), ["---:"] * len(swept[0]), *(list(row.values()) for row in swept)]
-        parts += ["## Sweep\n", "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"]
+        parts += ["## Sweep\n", _markdown(swept)]
+    if result.load is not None:
+        parts += ["## Under load\n", _markdown(load_table.rows(result)), load_table.note(result.load.plan) + "\n"]
     for heading, pairs in facts(result).items():
         parts.append(f"## {heading}\n")
         parts.append("".join(f"- {_prose(name)}: {_code(value)}\n" for name, value in pairs.items()))
     file.write_text("\n".join(parts), encoding="utf-8")
+
+
+def _markdown(table: Sequence[Mapping[str, str]]) -> str:
+    lines = [list(table[0]), ["---:"] * len(table[0]), *(list(row.values()) for row in table)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
 def summary(table: Sequence[Row]) -> str:

@@ -125,6 +125,45 @@ def test_the_project_file_stands_in_for_every_argument(tiny: object, tiny_recipe
     assert "--force" in again.stderr
 
 
+def test_bench_measures_loads(tiny_engine: Path, tiny_dense_engine: Path, tmp_path: Path) -> None:
+    small = ["--prompt-tokens", "8", "--output-tokens", "4", "--rounds", "1", "--requests", "6", "--max-batch", "3"]
+    loads = ["--concurrency", "1,4", "--arrival-rate", "50,100.5"]
+    command = ["bench", tiny_engine, "--baseline", tiny_dense_engine, *small, *loads, "-o", tmp_path / "report"]
+    done = flabc(*command, "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["load"]
+    assert [(row["concurrency"], row["arrival_rate"], row["side"]) for row in rows] == [
+        (clients, rate, side)
+        for clients, rate in ((1, None), (4, None), (None, 50), (None, 100.5))
+        for side in ("dense", "pruned")
+    ]
+    assert [row["requests"] for row in rows] == [12, 12, 16, 16, 12, 12, 12, 12]
+    for row in rows:
+        assert row["tokens_per_s"] == pytest.approx(4 * row["requests_per_s"])
+        low, high = row["latency_intervals_ms"]["p50"]
+        assert 0 < low <= row["latency_ms"]["p50"] <= high
+    raw = json.loads((tmp_path / "report" / "bench.json").read_text())["load"]["cells"]
+    assert [len(cell["candidate"]) for cell in raw] == [2] * 4
+    assert len(raw[1]["baseline"][0]["requests"]) == 8 + raw[1]["baseline"][0]["warmup_requests"] == 12
+    assert "100.5 requests/s come" in (tmp_path / "report" / "report.md").read_text()
+    again = flabc(*command, "--force")
+    assert again.returncode == 0, again.stderr
+    assert "Under load" in again.stdout
+
+
+@pytest.mark.parametrize("wrong", ["0", "1,x", "", "1,,2", "-1", "inf", "nan"])
+def test_rates_that_are_none_are_refused(wrong: str) -> None:
+    done = flabc("bench", "e", "--arrival-rate", wrong)
+    assert done.returncode == 2
+    assert "numbers above 0" in done.stderr
+
+
+def test_a_shape_has_no_load() -> None:
+    done = flabc("bench", "--shape", "llama-2-70b", "--concurrency", "2")
+    assert done.returncode == 2
+    assert "--shape stands alone" in done.stderr
+
+
 @pytest.mark.parametrize("arguments", [["doctor"], ["recipes"], ["recipes", "flab-22"], ["run"], ["eval"], ["inspect"]])
 def test_json_is_all_that_stdout_holds(arguments: list[str], tiny_engine: Path, tiny_checkpoint: Path) -> None:
     targets = {"run": [tiny_engine, "def"], "eval": [tiny_engine], "inspect": [tiny_checkpoint]}

@@ -14,9 +14,10 @@ from flabc.spec import ModelSpec
 
 from .energy import find_counter, measure_energy
 from .environment import environment
+from .load import measure_load
 from .pairs import Pair, interleaved
 from .process import Process, opened, warm_up
-from .result import BenchResult, Cell, Energy, Sample, Side, Workload
+from .result import BenchResult, Cell, Energy, LoadPlan, Sample, Side, Workload
 from .roofline import bytes_per_token, measure_roofline
 
 
@@ -27,6 +28,7 @@ def bench(
     prompts: Sequence[str],
     heldout: Sequence[str],
     sweep: Sequence[Workload] = (),
+    load: LoadPlan | None = None,
 ) -> BenchResult:
     """Measure two engines.
 
@@ -37,6 +39,7 @@ def bench(
         prompts: texts long enough for a prompt each; run i of both sides takes the same one.
         heldout: texts for perplexity; may be empty.
         sweep: other lengths of prompts and batches, measured after the first in the same way.
+        load: requests that come at their own times, measured last.
 
     Raises:
         EngineError: if an engine cannot be opened, dies, or does not produce the tokens it should.
@@ -58,6 +61,7 @@ def bench(
         roofline=roofline,
         foreign_cores=tuple(round(pair.foreign_cores, 3) for pair in pairs),
         sweep=tuple(cells),
+        load=measure_load(candidate, baseline, workload, load, prompts) if load else None,
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -107,11 +108,108 @@ class Side(Frozen):
     energy: Energy | None = None
 
 
+class LoadPlan(Frozen):
+    """Requests to a scheduler, as many as come or as are there, of the workload's prompts and outputs.
+
+    Args:
+        concurrency: closed loops of so many clients, each of which asks again as soon as it is answered.
+        arrival_rate: open loops: so many requests per second on average, at random times (a Poisson process), however
+            long those before take.
+        requests: that are counted in a run; in a closed loop the next multiple of its clients.
+        max_batch: sequences that the scheduler runs at once; the others wait.
+    """
+
+    concurrency: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    arrival_rate: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = ()
+    requests: int = Field(32, ge=2)
+    max_batch: int = Field(16, ge=1)
+
+
+class Request(Frozen):
+    """One request, all in ms since its run began.
+
+    Args:
+        arrived_ms: when it was to be asked; latency counts from here, so that a client that was late hides nothing.
+        asked_ms: when the scheduler was given it.
+        started_ms: when it left the queue.
+        first_ms: when its first token was delivered.
+        done_ms: when its last token was.
+    """
+
+    arrived_ms: float
+    asked_ms: float
+    started_ms: float
+    first_ms: float
+    done_ms: float
+
+    @property
+    def latency_ms(self) -> float:
+        """From end to end, waiting included."""
+        return self.done_ms - self.arrived_ms
+
+    @property
+    def ttft_ms(self) -> float:
+        """Until the first token, waiting included."""
+        return self.first_ms - self.arrived_ms
+
+    @property
+    def queue_ms(self) -> float:
+        """Until it left the queue."""
+        return self.started_ms - self.arrived_ms
+
+
+class LoadRun(Frozen):
+    """A run of requests.
+
+    Args:
+        requests: all that were answered, in the order in which they were.
+        warmup_requests: the first so many are not counted.
+        began_ms: when counting began: with the last request of the warm-up.
+        seed: what the arrivals were drawn from; None in a closed loop.
+    """
+
+    requests: tuple[Request, ...]
+    warmup_requests: int = 0
+    began_ms: float = 0.0
+    seed: int | None = None
+
+    @property
+    def counted(self) -> Sequence[Request]:
+        """Those that figures are of."""
+        return self.requests[self.warmup_requests :]
+
+    @property
+    def window_ms(self) -> float:
+        """How long was counted, until the last answer."""
+        return self.requests[-1].done_ms - self.began_ms
+
+
+class LoadCell(Frozen):
+    """Runs of both sides under one load: a closed loop of ``concurrency`` clients, or arrivals at ``arrival_rate``.
+
+    ``foreign_cores`` are those that others kept busy meanwhile, on average.
+    """
+
+    concurrency: int | None = None
+    arrival_rate: float | None = None
+    baseline: tuple[LoadRun, ...]
+    candidate: tuple[LoadRun, ...]
+    foreign_cores: float
+
+
+class LoadResult(Frozen):
+    """What was measured under load."""
+
+    plan: LoadPlan
+    cells: tuple[LoadCell, ...]
+
+
 class BenchResult(Frozen):
     """Two engines measured side by side. ``flabc.json`` beside it says what made them.
 
     ``foreign_cores`` has the cores that others kept busy, on average, during each round; ``sweep`` what was measured
-    at other lengths and batches. ``grid_g_per_kwh`` is what somebody said that the machine's electricity costs in CO2.
+    at other lengths and batches, ``load`` what of requests that come at their own times. ``grid_g_per_kwh`` is what
+    somebody said that the machine's electricity costs in CO2.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -124,3 +222,4 @@ class BenchResult(Frozen):
     foreign_cores: tuple[float, ...] = ()
     sweep: tuple[Cell, ...] = ()
     grid_g_per_kwh: float | None = None
+    load: LoadResult | None = None

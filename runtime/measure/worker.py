@@ -22,6 +22,8 @@ from flabc.runtime.evaluate.perplexity import perplexity
 from flabc.runtime.sampling import SamplingParams
 from flabc.runtime.session import Session
 
+from .load import run_load
+
 
 class Worker:
     """Answers requests about one engine."""
@@ -42,13 +44,7 @@ class Worker:
         Raises:
             EngineError: if the text is too short, or fewer tokens came than were asked for.
         """
-        ids = self.session.codec.encode_plain(text)[:prompt_tokens]
-        if len(ids) < prompt_tokens:
-            raise EngineError(
-                "The text for the prompt is too short.",
-                expected=f"{prompt_tokens} tokens",
-                found=str(len(ids)),
-            )
+        ids = self._prompt(text, prompt_tokens)
         marks = [time.perf_counter()]
         for _ in self._steps(ids, output_tokens, batch):
             marks.append(time.perf_counter())
@@ -59,6 +55,42 @@ class Worker:
             )
         gaps = [1000 * (b - a) for a, b in pairwise(marks)]
         return {"ttft_ms": gaps[0], "token_ms": gaps[1:]}
+
+    def load(
+        self,
+        texts: list[str],
+        prompt_tokens: int,
+        output_tokens: int,
+        requests: int,
+        concurrency: int | None = None,
+        arrival_rate: float | None = None,
+        seed: int = 0,
+    ) -> dict[str, Any]:
+        """Requests on a scheduler, their prompts the first tokens of the texts in turns; see ``run_load``.
+
+        Raises:
+            EngineError: if a text is too short, or an answer.
+        """
+        return run_load(
+            self.session,
+            [self._prompt(text, prompt_tokens) for text in texts],
+            output_tokens,
+            requests=requests,
+            concurrency=concurrency,
+            arrival_rate=arrival_rate,
+            seed=seed,
+        ).model_dump()
+
+    def _prompt(self, text: str, prompt_tokens: int) -> list[int]:
+        """The first tokens of a text."""
+        ids = self.session.codec.encode_plain(text)[:prompt_tokens]
+        if len(ids) < prompt_tokens:
+            raise EngineError(
+                "The text for the prompt is too short.",
+                expected=f"{prompt_tokens} tokens",
+                found=str(len(ids)),
+            )
+        return ids
 
     def _steps(self, ids: list[int], output_tokens: int, batch: int) -> Iterator[object]:
         """The steps of a run: for one sequence as a user takes them, for more as a scheduler does."""

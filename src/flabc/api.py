@@ -21,10 +21,11 @@ from flabc.errors import (
 from flabc.evaluating import Diff, diff, evaluate, heldout_texts, read_evaluation
 from flabc.exports import Exported, export
 from flabc.frozen import Frozen
+from flabc.perf.load_table import LoadFigures
 from flabc.recipe import Recipe
 from flabc.recipe import load as load_recipe
 from flabc.runtime.doctor import Finding, examine
-from flabc.runtime.measure.result import BenchResult, Workload
+from flabc.runtime.measure.result import BenchResult, LoadPlan, Workload
 from flabc.spec import BYTES_PER_PARAMETER, ModelSpec
 
 if TYPE_CHECKING:
@@ -89,11 +90,12 @@ class Compressed(Frozen):
 
 
 class BenchReport(Frozen):
-    """Where a benchmark's report is, and what it says."""
+    """Where a benchmark's report is, and what it says; ``load`` has a row for each side of each load."""
 
     path: Path
     html: Path
     table: dict[str, dict[str, Any]]
+    load: tuple[LoadFigures, ...] = ()
 
 
 def inspect(model: str) -> Inspection:
@@ -270,6 +272,7 @@ def bench(
     *,
     workload: Workload | None = None,
     sweep: Sequence[Workload] = (),
+    load: LoadPlan | None = None,
     corpus: str = "python-stdlib",
     grid_g_per_kwh: float | None = None,
     force: bool = False,
@@ -282,6 +285,7 @@ def bench(
         output: the folder for ``report.html``, ``report.md`` and ``bench.json``.
         workload: what each run does.
         sweep: other lengths of prompts and batches, measured as well.
+        load: clients or arrival rates under which latency and requests per second are measured as well.
         corpus: the text for prompts and perplexity, of which the held-out side is used.
         grid_g_per_kwh: grams of CO2 that the machine's electricity costs a kWh; where energy can be read, the report
             estimates by it what a token costs.
@@ -292,7 +296,7 @@ def bench(
     """
     artifact.check_free(output, force=force)
     require("matplotlib", "report")
-    from flabc.perf import report, table
+    from flabc.perf import load_table, report, table
     from flabc.runtime.measure.bench import bench as measure
 
     for folder in (engine, baseline):
@@ -301,7 +305,7 @@ def bench(
     texts = list(heldout_texts(corpus).values())
     longest = max([workload, *sweep], key=lambda each: each.prompt_tokens)
     prompts = prompt_texts(corpus, longest.model_copy(update={"rounds": workload.rounds}))
-    result = measure(Path(engine), Path(baseline), workload, prompts, texts, sweep)
+    result = measure(Path(engine), Path(baseline), workload, prompts, texts, sweep, load)
     result = result.model_copy(update={"grid_g_per_kwh": grid_g_per_kwh})
     with artifact.create(output, "report", force=force) as draft:
         (draft.path / "bench.json").write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -309,7 +313,12 @@ def bench(
         report.write_markdown(result, draft.path / "report.md")
         draft.spec = result.candidate.spec
     rows = table.rows(result)
-    return BenchReport(path=Path(output), html=Path(output) / "report.html", table=table.as_dict(rows))
+    return BenchReport(
+        path=Path(output),
+        html=Path(output) / "report.html",
+        table=table.as_dict(rows),
+        load=tuple(load_table.figures(result)),
+    )
 
 
 def bench_shape(

@@ -9,7 +9,7 @@ import click
 
 from flabc.errors import UsageError
 
-from .parameters import AT_LEAST_ONE, CORPUS, FORCE, Numbers, emit, json_option
+from .parameters import AT_LEAST_ONE, CORPUS, FORCE, Numbers, Rates, emit, json_option
 
 if TYPE_CHECKING:
     from flabc.runtime.measure.shape_result import ShapeResult
@@ -33,6 +33,14 @@ if TYPE_CHECKING:
 @click.option(
     "--rounds", type=AT_LEAST_ONE, default=5, show_default=True, help="Rounds of dense, pruned, pruned, dense."
 )
+@click.option("--concurrency", type=Numbers(), help="Also a load of so many clients that never pause; or several, 1,4.")
+@click.option("--arrival-rate", type=Rates(), help="Also a load of so many requests per second; or several, 0.5,1,2.")
+@click.option(
+    "--requests", type=click.IntRange(2), default=32, show_default=True, help="Requests that a run under load counts."
+)
+@click.option(
+    "--max-batch", type=AT_LEAST_ONE, default=16, show_default=True, help="Sequences that run at once under load."
+)
 @click.option("--threads", type=AT_LEAST_ONE, help="Threads for the computation.")
 @click.option("--provider", default="auto", show_default=True, help="Where to run: cpu, cuda or tensorrt.")
 @click.option(
@@ -51,6 +59,10 @@ def bench(
     output: str | None,
     prompt_tokens: Sequence[int],
     batch: Sequence[int],
+    concurrency: Sequence[int] | None,
+    arrival_rate: Sequence[float] | None,
+    requests: int,
+    max_batch: int,
     grid_intensity: float | None,
     shape: str | None,
     cut: str | None,
@@ -63,22 +75,31 @@ def bench(
 
     Several lengths or batches are a sweep: the first of each is measured in full, then every combination.
 
+    With --concurrency and --arrival-rate requests come while others run, over the scheduler that serves: end-to-end
+    latency and requests per second, for clients that ask again as soon as they are answered, and for requests that
+    come at random times, whose latency counts from then.
+
     With --shape nothing is pruned or read: what would this cut buy on this machine? Random weights of the shapes
     are decoded by torch, on a GPU if there is one; too large ones by some of their layers, which the table says.
 
     \b
     flabc bench engine --baseline dense-engine -o report
     flabc bench engine --baseline dense-engine --batch 1,4,16 --prompt-tokens 128,1024 -o sweep
+    flabc bench engine --baseline dense-engine --concurrency 1,4,16 --arrival-rate 0.5,1,2 -o load
     flabc bench --shape llama-2-70b --cut 0.3 --rounds 1
     """
     from flabc import api
     from flabc.project import settle
-    from flabc.runtime.measure.result import Workload
+    from flabc.runtime.measure.result import LoadPlan, Workload
 
     first, *sweep = (Workload(prompt_tokens=length, batch=size, **work) for length in prompt_tokens for size in batch)
+    loads: dict[str, Any] = {"concurrency": concurrency or (), "arrival_rate": arrival_rate or ()}
+    loaded = bool(concurrency or arrival_rate)
     if shape is not None or cut is not None:
-        if shape is None or engine or baseline or sweep:
-            raise UsageError("--shape stands alone: with --cut, one length, one batch, and no ENGINE or --baseline.")
+        if shape is None or engine or baseline or sweep or loaded:
+            raise UsageError(
+                "--shape stands alone: with --cut, one length, one batch, no load, and no ENGINE or --baseline."
+            )
         measured = api.bench_shape(shape, cut or "0.22", workload=first, output=output, force=force)
         data = measured.model_dump(mode="json") | {"figures": measured.figures().model_dump(mode="json")}
         emit(as_json, data, lambda: _show_shape(measured))
@@ -89,6 +110,7 @@ def bench(
         settle(output, "report", "report folder (-o)"),
         workload=first,
         sweep=sweep,
+        load=LoadPlan(requests=requests, max_batch=max_batch, **loads) if loaded else None,
         corpus=corpus,
         grid_g_per_kwh=grid_intensity,
         force=force,
@@ -97,9 +119,12 @@ def bench(
     def show() -> None:
         from rich.console import Console
 
-        from flabc.perf import table
+        from flabc.perf import load_table, table
 
-        Console().print(table.as_rich(table.rows(api.read_bench(done.path))))
+        result = api.read_bench(done.path)
+        Console().print(table.as_rich(table.rows(result)))
+        if result.load is not None:
+            Console().print(load_table.as_rich(result))
         click.echo(f"report: {done.html.absolute()}")
 
     emit(as_json, done, show)

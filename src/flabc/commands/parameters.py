@@ -65,6 +65,22 @@ class Numbers(click.ParamType[tuple[int, ...]]):
         return tuple(int(part) for part in parts)
 
 
+class Rates(click.ParamType[tuple[float, ...]]):
+    """Numbers above 0, apart by commas, as ``0.5,1,2``."""
+
+    name = "rates"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """Read them, or say how they are written."""
+        try:
+            found = tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            found = ()
+        if not found or not all(0 < each < float("inf") for each in found):
+            self.fail(f"{value!r}: expected numbers above 0, apart by commas, e.g. 0.5,1,2.", param, ctx)
+        return found
+
+
 class Targets(click.ParamType[tuple[float, ...]]):
     """Fractions between 0 and 1: ``0.5:0.9:0.1``, both ends meant, or apart by commas."""
 
