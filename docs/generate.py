@@ -12,9 +12,10 @@ from statistics import median
 import click
 
 from flabc.cli import cli
-from flabc.perf import evaluation, figures, methods, mined_samples, table
+from flabc.perf import evaluation, figures, methods, mined_samples, peer_table, table
 from flabc.perf.comparison import EvalRow
 from flabc.perf.evaluation import EvalResult
+from flabc.perf.peer_table import PeersResult
 from flabc.project import Project
 from flabc.recipe import Recipe
 from flabc.runtime.evaluate.task import TASKS
@@ -90,6 +91,7 @@ def readme() -> str:
     )
     text = between(text, "results", f"{table.as_markdown(table.rows(result))}\n\n{where}")
     text = between(between(text, "quality", quality()), "parity", parity())
+    text = between(text, "peers", peers())
     return between(between(text, "methods", against_each_other()), "speed", speed_of_compressing())
 
 
@@ -113,6 +115,14 @@ def speed_of_compressing() -> str:
         f"(`perf/walk_speed.py`). The tokens of 100 MB of text are counted in\n{counting} "
         "(`perf/vocabulary_speed.py`)."
     )
+
+
+def peers() -> str:
+    """Other engines on the same machine, once they have been measured."""
+    file = RESULTS / "peers.json"
+    if not file.is_file():
+        return "**Figures are still to come**: none have been measured on an idle machine yet."
+    return peer_table.as_markdown(PeersResult.model_validate_json(file.read_text(encoding="utf-8")))
 
 
 def against_each_other() -> str:

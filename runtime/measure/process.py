@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
 
 from flabc.errors import EngineError
 
@@ -18,24 +18,25 @@ from .result import Sample, Workload
 STEADY, MAX_WARMUPS = 0.1, 6
 
 
-class Process:
-    """A worker process and the engine it holds."""
+class Runs(Protocol):
+    """What can be asked for timed runs."""
 
-    def __init__(self, folder: Path, *workloads: Workload) -> None:
-        command = [sys.executable, "-m", "flabc.runtime.measure.worker"]
-        self._pipe = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.folder = folder
-        room = {
-            "max_length": max(each.prompt_tokens + each.output_tokens for each in workloads),
-            "max_batch": max(each.batch for each in workloads),
-            "threads": workloads[0].threads,
-            "provider": workloads[0].provider,
-        }
-        try:
-            self.description = self.call("open", folder=str(folder), **room)
-        except EngineError:
-            self.close()
-            raise
+    def run(self, text: str, workload: Workload) -> Sample:
+        """One timed run."""
+
+
+class Pipe:
+    """A process that is told what to do, one JSON line in, one out.
+
+    Args:
+        command: starts it.
+        name: what it measures, for errors.
+        log: where its stderr goes; None for this process's own.
+    """
+
+    def __init__(self, command: Sequence[str], name: str, log: IO[str] | None = None) -> None:
+        self._pipe = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+        self.name = name
 
     @property
     def pid(self) -> int:
@@ -57,16 +58,15 @@ class Process:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise EngineError(f"The process that measures {self.folder} died.", found=f"exit code {self._pipe.wait()}")
+            raise EngineError(f"The process that measures {self.name} died.", found=f"exit code {self._pipe.wait()}")
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
-            raise EngineError(f"{self.folder}: {reply['error']}")
+            raise EngineError(f"{self.name}: {reply['error']}")
         return reply
 
-    def run(self, text: str, workload: Workload) -> Sample:
-        """One timed run."""
-        wanted = workload.model_dump(include={"prompt_tokens", "output_tokens", "batch"})
-        return Sample.model_validate(self.call("generate", text=text, **wanted))
+    def kill(self) -> None:
+        """End the process at once; who waits for its answer is told that it died."""
+        self._pipe.kill()
 
     def close(self) -> None:
         """End the process."""
@@ -78,7 +78,31 @@ class Process:
         self._pipe.stdout.close()
 
 
-def warm_up(process: Process, prompt: str, workload: Workload) -> int:
+class Process(Pipe):
+    """A worker process and the engine it holds."""
+
+    def __init__(self, folder: Path, *workloads: Workload) -> None:
+        super().__init__([sys.executable, "-m", "flabc.runtime.measure.worker"], str(folder))
+        self.folder = folder
+        room = {
+            "max_length": max(each.prompt_tokens + each.output_tokens for each in workloads),
+            "max_batch": max(each.batch for each in workloads),
+            "threads": workloads[0].threads,
+            "provider": workloads[0].provider,
+        }
+        try:
+            self.description = self.call("open", folder=str(folder), **room)
+        except EngineError:
+            self.close()
+            raise
+
+    def run(self, text: str, workload: Workload) -> Sample:
+        """One timed run."""
+        wanted = workload.model_dump(include={"prompt_tokens", "output_tokens", "batch"})
+        return Sample.model_validate(self.call("generate", text=text, **wanted))
+
+
+def warm_up(process: Runs, prompt: str, workload: Workload) -> int:
     """Run until two runs in a row take about as long; how many it took."""
     before = process.run(prompt, workload).total_ms
     for count in range(2, MAX_WARMUPS + 1):
