@@ -107,8 +107,9 @@ def rows(result: BenchResult) -> list[dict[str, str]]:
 
 
 def _row(each: LoadFigures) -> dict[str, str]:
+    clients = "1 client" if each.concurrency == 1 else f"{each.concurrency} clients"
     row = {
-        "load": f"{each.concurrency} clients" if each.concurrency else f"{each.arrival_rate:g} requests/s come",
+        "load": clients if each.concurrency else f"{each.arrival_rate:g} requests/s come",
         "side": each.side,
         "requests": str(each.requests),
         "requests/s": significant(each.requests_per_s, 3),
