@@ -95,7 +95,8 @@ class Torch(Forward):
 
         torch.set_num_threads(threads)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        self.model = model.eval()
 
     def more(self, mask: Any, ids: Any) -> dict[str, Any]:
         """The prompt's logits are not wanted."""
