@@ -246,8 +246,8 @@ class RecoverConfig(Amount):
     kl_weight: float | None = Field(
         None, ge=0, le=1, description="The dense model's share of the loss: by default 1 for distill, else 0.5."
     )
-    sequences: int = Field(512, gt=9, description="Sequences drawn from the text; one in ten of them is watched.")
-    max_length: int = Field(512, gt=1, description="Tokens of each.")
+    sequences: int = Field(512, gt=9, description="Pieces drawn from the text; one in ten of them is watched.")
+    max_length: int = Field(512, gt=1, description="Tokens of each at most.")
     epochs: float = Field(1.0, gt=0, description="How often each is seen.")
     learning_rate: float = Field(2e-4, gt=0, description="At the peak of a cosine.")
     batch: int = Field(4, gt=0, description="Sequences at once.")

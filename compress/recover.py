@@ -252,6 +252,7 @@ def train(
     Raises:
         RecoveryError: if the loss is no number any more, or the processes were started to share the weights (FSDP).
     """
+    processes.check()
     share = options.share_of_kl(teacher=teacher is not None)
     names = set(model.state_dict())
     with _undisturbed():

@@ -1,8 +1,9 @@
 """The recover stage: training between cuts, so that a recipe may prune, recover and prune again.
 
 It trains on the calibration text, after the dense model in the present vocabulary unless it is told otherwise, and
-keeps the state that does best on a tenth of that text. Iterative pruning is that of Han et al. (2015) and, for language
-models, of Minitron (Muralidharan et al., 2024). ``flabc recover`` trains a finished checkpoint, on tasks too.
+keeps the state that does best on a tenth of that text; where none does better than what was there, that stays.
+Iterative pruning is that of Han et al. (2015) and, for language models, of Minitron (Muralidharan et al., 2024).
+``flabc recover`` trains a finished checkpoint, on tasks too.
 """
 
 from __future__ import annotations
@@ -13,15 +14,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from flabc.errors import CorpusError
+
 from . import checkpoint
 from .config import RecoverConfig
-from .data.examples import DEV_ONE_IN, Example
+from .data.examples import DEV_ONE_IN, Example, of_texts
 from .model import CausalLM, cut_vocab
-from .stage import Context, Plan, Stage, encoder, openings, sequences
+from .stage import Context, Plan, Stage, encoder, openings
 from .stored import Weight
 
 if TYPE_CHECKING:
     from .recover import Teacher, Trained
+
+#: Pieces of text that there are for each that is drawn, if the text is long enough.
+DRAWN_FROM = 8
 
 
 @dataclass(frozen=True)
@@ -38,12 +46,9 @@ def plan(model: CausalLM, config: RecoverConfig, context: Context) -> RecoverPla
         CorpusError: if the text has too few sequences.
         RecoveryError: if the loss is no number any more.
     """
-    length = min(config.max_length, model.spec.max_position_embeddings)
-    tokenizer, count = encoder(model.tokenizer), config.sequences
-    rows = sequences(tokenizer, context.documents, count, length, context.seed, openings(model))  # (N, T)
-    examples = [Example(tuple(row), 1) for row in rows.tolist()]
-    watched = max(1, count // DEV_ONE_IN)
-    with tempfile.TemporaryDirectory(prefix="flabc-") as scratch:
+    examples = _examples(model, config, context)
+    watched = max(1, len(examples) // DEV_ONE_IN)
+    with tempfile.TemporaryDirectory(prefix="flabc-", dir=context.scratch) as scratch:
         done = _trained(model, config, context, examples[watched:], examples[:watched], Path(scratch))
     before, after = done.before, done.after
     details = {
@@ -55,8 +60,33 @@ def plan(model: CausalLM, config: RecoverConfig, context: Context) -> RecoverPla
         "after": {"loss": after.loss, "ce": after.ce, "kl": after.kl},
     }
     summary = f"recover: {done.tokens:,} tokens; loss {before.loss:.4f} → {after.loss:.4f} nats a token"
+    if after.loss >= before.loss:
+        return RecoverPlan(f"{summary}: not better, so the weights stay as they were", {**details, "kept": False})
     weights = {name: context.keep(done.weights[name], model) for name in model.spec.shapes()}
-    return RecoverPlan(summary, details, weights)
+    return RecoverPlan(summary, {**details, "kept": True}, weights)
+
+
+def _examples(model: CausalLM, config: RecoverConfig, context: Context) -> list[Example]:
+    """Pieces of the calibration text, drawn from several times as many, each document with one of the openings.
+
+    Raises:
+        CorpusError: if there are not so many.
+    """
+    length, found = min(config.max_length, model.spec.max_position_embeddings), list[Example]()
+    tokenizer, ways = encoder(model.tokenizer), openings(model)
+    for number, document in enumerate(context.documents):
+        begin = ways[number % len(ways)][: length // 2]
+        found += of_texts([document.text], tokenizer, begin=begin, max_length=length)
+        if len(found) >= DRAWN_FROM * config.sequences:
+            break
+    if len(found) < config.sequences:
+        raise CorpusError(
+            f"The calibration text has {len(found)} pieces of up to {length} tokens.",
+            expected=f"{config.sequences}",
+            fix="Give more text, or lower the recover stage's sequences or max_length.",
+        )
+    drawn = np.random.default_rng(context.seed).permutation(len(found))[: config.sequences]
+    return [found[at] for at in drawn]
 
 
 def _trained(

@@ -12,7 +12,7 @@ from statistics import median
 import click
 
 from flabc.cli import cli
-from flabc.perf import evaluation, figures, methods, mined_samples, peer_table, table
+from flabc.perf import evaluation, figures, methods, peer_table, table
 from flabc.perf.comparison import EvalRow
 from flabc.perf.evaluation import EvalResult
 from flabc.perf.peer_table import PeersResult
@@ -62,7 +62,7 @@ def serving() -> str:
         f"and a queue of {soak['max_queue']}: {said};",
         f"  {soak['answers_cut_off']} answers shorter than asked for, never more than {soak['most_at_once']:.0f} "
         f"requests inside, resident memory {soak['rss_mib']['ratio'] - 1:+.1%}.",
-        f"- {found['mixed']['requests']} requests of all kinds, sixteen at a time (the demo's engines, float32): "
+        f"- {found['mixed']['requests']} requests of all kinds, sixteen at a time (the demo's dense engine, float32): "
         f"{found['mixed']['answered_as_alone']} are answered as alone.",
         f"- From opening the engine to its first token: {opened} s.",
         f"- {fuzz['requests']:,} requests that schemathesis made of the OpenAPI document, right and wrong ones, on a "
@@ -93,12 +93,6 @@ def readme() -> str:
     text = between(between(text, "quality", quality()), "parity", parity())
     text = between(text, "peers", peers())
     return between(between(text, "methods", against_each_other()), "speed", speed_of_compressing())
-
-
-def mined_tasks() -> str:
-    """What mining yields, and samples of it."""
-    counts = json.loads((RESULTS / "mining.json").read_text(encoding="utf-8"))
-    return mined_samples.as_markdown(json.loads(mined_samples.SAMPLES.read_text(encoding="utf-8")), counts)
 
 
 def speed_of_compressing() -> str:

@@ -100,6 +100,7 @@ def test_eval_reads_them_and_grades_the_canonical_solution_as_right(
 
 def test_a_function_takes_the_place_of_its_packages_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of networkx, whose doctests call ``nx.f``, and of the standard library, by its own tests."""
+    pytest.importorskip("test.test_shlex", reason="Python came without its own tests")
     (networkx,), (library,) = projects("networkx"), projects("python-stdlib")
     few = replace(networkx, files=_named(networkx.files, "components/strongly_connected.py"), tests=())
     shlex = replace(library, files=_named(library.files, "shlex.py"), tests=_named(library.tests, "test_shlex.py"))

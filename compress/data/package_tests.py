@@ -1,8 +1,8 @@
 """A package's own tests: which of them are about one function, by what they call.
 
 A test counts for a function if it calls no other function of the package, asserts something itself, and needs nothing
-but its module and its class: no fixture, no parameter, no decorator, no helper of its own. What classes make are
-values, and may stand in it.
+but its module and its class: no fixture, no parameter, no decorator, no helper method of its class. What classes
+make are values, and may stand in it.
 """
 
 from __future__ import annotations

@@ -8,9 +8,10 @@ and reads; what a model wrote runs by ``sandbox.run_all``, each alone.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from .sandbox import SandboxLimits, Verdict, run_all
+from .sandbox import SandboxLimits, Verdict, isolation, run_all
 
 #: Programs in one sandbox at most, and seconds for what they import.
 CROWD, IMPORT_S = 64, 60.0
@@ -69,21 +70,29 @@ def run_together(
 ) -> Iterator[tuple[int, bool]]:
     """Run many programs: (index, whether it passed) as they end.
 
-    A crowd that one of its programs ended is run again, each alone.
+    A crowd that one of its programs ended is run again, each alone; and so are all where the system lets no program end
+    another, as it has to when one takes too long.
 
     Args:
-        programs: Python sources, those that import the same beside each other.
-        imports: the modules of each that are imported before.
+        programs: Python sources.
+        imports: the modules of each that are imported before. Only those with the same share a sandbox: what a
+            neighbour imported would be there too.
         limits: what each may take.
         workers: sandboxes at once; by default as many as there are cores.
 
     Raises:
         SandboxError: if the walls cannot be built.
     """
-    crowds = [range(at, min(at + CROWD, len(programs))) for at in range(0, len(programs), CROWD)]
+    if isolation().level != "namespace":
+        yield from ((index, verdict.passed) for index, verdict in run_all(programs, limits, workers))
+        return
+    alike = defaultdict[tuple[str, ...], list[int]](list)
+    for index, names in enumerate(imports):
+        alike[tuple(sorted(names))].append(index)
+    crowds = [indices[at : at + CROWD] for indices in alike.values() for at in range(0, len(indices), CROWD)]
     scripts = [
         _SCRIPT.format(
-            imports=sorted({name for index in crowd for name in imports[index]}),
+            imports=sorted(imports[crowd[0]]),
             programs=[programs[index] for index in crowd],
             timeout_s=limits.timeout_s,
         )

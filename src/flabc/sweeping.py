@@ -1,4 +1,4 @@
-"""A sweep: a search for each of several targets, the largest first, each going on from the rates found before it."""
+"""A sweep: a search for each of several targets, the largest first; evolution goes on from the rates found before."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def sweep(
     start = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     points = list[Point]()
     for target in sorted(set(targets), reverse=True):
-        at = out / f"{target:g}"
+        at = out / str(target)
         found = search(
             model, start, at, options, target=target, device=device, seed=seed, resume=resume, force=force or resume
         )

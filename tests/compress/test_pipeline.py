@@ -53,16 +53,28 @@ def test_a_recipe_may_prune_recover_and_prune_again(tied: CausalLM, calibration:
     learn = RecoverConfig(method="distill", sequences=20, max_length=48, learning_rate=3e-4, batch=2)
     cut = WidthsConfig.model_validate({"rate": 0.5, "multiple_of": 4})
     again = WidthsConfig.model_validate({"rate": 0.5, "multiple_of": 4})
-    first, before, _ = pipeline.run(tied, [cut], target=None, calibration=calibration)
-    model, receipts, _ = pipeline.run(tied, [cut, learn, again, learn], target=None, calibration=calibration)
+    fewer = VocabConfig.model_validate({"corpus": calibration.corpus, "max_size": 512})
+    adapt = learn.model_copy(update={"method": "lora", "learning_rate": 3e-3})
+    first, (_, *before), _ = pipeline.run(tied, [fewer, cut], target=None, calibration=calibration)
+    model, (vocab, *receipts), _ = pipeline.run(
+        tied, [fewer, cut, learn, again, adapt], target=None, calibration=calibration
+    )
+    assert vocab.stage == "vocab"
     assert [receipt.stage for receipt in receipts] == ["widths", "recover", "widths", "recover"]
     one, two, three, four = (receipt.parameters for receipt in receipts)
     assert before[0].parameters == one == two > three == four == model.spec.num_parameters
     for receipt in (receipts[1], receipts[3]):
         assert receipt.details["after"]["kl"] < receipt.details["before"]["kl"]
         assert 0 < receipt.details["tokens"] <= 18 * 47
-    trained, _ = pipeline.run_stages(first, [learn], pipeline.context_of(tied, None, calibration, "cpu", 0))
+    context = pipeline.context_of(tied, None, calibration, "cpu", 0)
+    trained, _ = pipeline.run_stages(first, [learn], context)
     assert any(not torch.equal(trained.weights[name], first.weights[name]) for name in first.spec.shapes())  # type: ignore[arg-type]
+    wild = learn.model_copy(update={"method": "full", "learning_rate": 30.0})
+    worse, (receipt,) = pipeline.run_stages(first, [wild], context)
+    assert receipt.details["kept"] is False
+    assert all(torch.equal(worse.weights[name], first.weights[name]) for name in first.spec.shapes())  # type: ignore[arg-type]
+    with pytest.raises(StageError, match="recover stage's sequences"):
+        pipeline.run_stages(first, [learn.model_copy(update={"sequences": 10**6})], context)
 
 
 def test_the_receipts_tell_what_became_of_the_model(ran: Ran) -> None:

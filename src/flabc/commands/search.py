@@ -126,7 +126,7 @@ def _show(found: Searched) -> None:
 
 
 def _show_sweep(swept: Swept) -> None:
-    click.echo(f"{'kept':>6} {'parameters':>12} {'held-out KL':>12} {'uniform':>9}")
+    click.echo(f"{'target':>6} {'parameters':>12} {'held-out KL':>12} {'uniform':>9}")
     for point in swept.points:
         size = f"{point.parameters / 1e6:>10.2f} M"
         click.echo(f"{point.target:>6.0%} {size} {point.heldout_kl:>12.4f} {point.uniform_heldout_kl:>9.4f}")
