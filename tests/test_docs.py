@@ -147,7 +147,7 @@ def test_the_systemd_unit_is_one(tmp_path: Path) -> None:
 
 
 def _hold_the_demo_to_its_gates(folder: Path, environment: dict[str, str]) -> None:
-    """flabc's own gate on what the README's commands left: nothing surely over its limit, size and proof surely within."""
+    """flabc's own gate on what the README's commands left: nothing surely over its limit, size and proof within."""
     gates = ROOT / "perf" / "gates.yaml"
     command = ["flabc", "gate", "run", "--candidate", "engine", "--against", "dense-engine", "--gates", str(gates)]
     done = subprocess.run([*command, "-o", "verdict"], cwd=folder, env=environment, capture_output=True, text=True)
