@@ -67,12 +67,14 @@ class Recipe:
         options: further ones of pip.
         variables: set while it is built.
         flags: what the processor must have, as Linux calls it.
+        without: packages that are taken out again.
     """
 
     requirements: tuple[str, ...]
     options: tuple[str, ...] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
 
 
 _TORCH = "torch==2.13.0"
@@ -104,7 +106,8 @@ ENVIRONMENTS = {
             "nncf==3.4.0",
             "optimum-intel==2.2.0",
             _TORCH,
-        )
+        ),
+        without=("torchvision",),  # built for CUDA, it breaks transformers beside a torch that is not
     ),
     "torch": Recipe((_TORCH, "transformers==5.23.0")),
 }
@@ -193,6 +196,8 @@ class Peers:
         _logged([sys.executable, "-m", "venv", str(folder)], self.log(name), {})
         install = [str(python), "-m", "pip", "install", "--disable-pip-version-check", *recipe.options]
         _logged([*install, *recipe.requirements], self.log(name), recipe.variables)
+        if recipe.without:
+            _logged([str(python), "-m", "pip", "uninstall", "--yes", *recipe.without], self.log(name), {})
         stamp.write_text(wanted, encoding="utf-8")
         return python
 
