@@ -109,8 +109,9 @@ def penalised(logits: Logits, seen: set[int], penalty: float) -> Logits:
 
 def tempered(logits: Logits, temperature: float) -> Logits:
     """Logits by temperature, 0 for the most likely token. (V,) in and out."""
+    scores: Logits = logits - logits.max()
     with np.errstate(over="ignore"):  # almost no temperature: all but the most likely are out of reach
-        scores: Logits = (logits - logits.max()) / np.float32(max(temperature, LEAST_TEMPERATURE))
+        scores /= np.float32(max(temperature, LEAST_TEMPERATURE))
     return scores
 
 

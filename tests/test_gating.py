@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 from flabc import api, gating
 from flabc.cli import cli
-from flabc.errors import ArtifactError, EngineError, UsageError
+from flabc.errors import ArtifactError, EngineError, FlabcError, UsageError
 from flabc.perf.gates import Gates
 from flabc.runtime.measure.foreign import ForeignLoad
 from flabc.runtime.measure.roofline import measure_roofline
@@ -120,6 +120,19 @@ def test_a_baseline_has_no_answers(tiny_dense_engine: Path, tmp_path: Path) -> N
     )
     with pytest.raises(UsageError, match="holds no answers"):
         gating.run(tiny_dense_engine, tmp_path / "b.json", config=asked)
+
+
+def test_a_failure_to_judge_is_no_regression(tiny_dense_engine: Path, tmp_path: Path) -> None:
+    too_long = {"workload": {"prompt_tokens": 8, "output_tokens": 600}, "speed": {"tpot_ms": 0.1}}
+    for content, candidate, code in (
+        ({"speed": {"tpot": 0.1}}, tiny_dense_engine, 2),
+        ({"size": {"parameters": 0.1}}, tmp_path, 2),
+        (too_long, tiny_dense_engine, 3),
+    ):
+        (tmp_path / "gates.yaml").write_text(yaml.safe_dump(content))
+        found = run("run", "--candidate", candidate, "--against", tiny_dense_engine, "--gates", tmp_path / "gates.yaml")
+        assert isinstance(found.exception, FlabcError)
+        assert found.exception.exit_code == code
 
 
 def test_noise_refuses_limits_below_it(tiny_dense_engine: Path, tmp_path: Path) -> None:

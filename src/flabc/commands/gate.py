@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from flabc.errors import EngineError, FlabcError, UsageError
+
 from .parameters import CORPUS, FORCE, Group, emit, json_option
 
 if TYPE_CHECKING:
@@ -61,7 +63,8 @@ def run(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Judge an engine. Exit code 0: within all limits; 1: over one; 3: could not be decided.
+    """Judge an engine. Exit code 0: within all limits; 1: over one; 2: the call, the gates file or a folder is wrong;
+    3: could not be decided or measured.
 
     Pairs of runs are added until every speed is surely on one side of its limit, or the gates' budget ends. Pairs
     during which others use the machine do not count.
@@ -72,15 +75,19 @@ def run(
     """
     from flabc import gating
 
-    found = gating.run(
-        candidate,
-        against,
-        config=config,
-        output=output,
-        corpus=corpus,
-        allow_code_execution=allow_code_execution,
-        force=force,
-    )
+    try:
+        found = gating.run(
+            candidate,
+            against,
+            config=config,
+            output=output,
+            corpus=corpus,
+            allow_code_execution=allow_code_execution,
+            force=force,
+        )
+    except FlabcError as error:  # 1 is for an engine that was judged
+        error.exit_code = EXIT["undecided"] if isinstance(error, EngineError) else UsageError.exit_code
+        raise
     emit(as_json, found, lambda: _show(found))
     context.exit(EXIT[found.verdict])
 
