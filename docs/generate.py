@@ -12,7 +12,7 @@ from statistics import median
 import click
 
 from flabc.cli import cli
-from flabc.perf import evaluation, figures, methods, peer_table, table
+from flabc.perf import evaluation, figures, methods, mined_samples, peer_table, table
 from flabc.perf.comparison import EvalRow
 from flabc.perf.evaluation import EvalResult
 from flabc.perf.peer_table import PeersResult
@@ -41,6 +41,7 @@ def generated() -> dict[Path, str]:
         ROOT / "docs" / "cli.md": reference(),
         ROOT / "README.md": readme(),
         ROOT / "docs" / "serving.md": serving(),
+        ROOT / "docs" / "mined-tasks.md": mined_tasks(),
         ROOT / "recipes" / "recipe.schema.json": json.dumps(Recipe.model_json_schema(), indent=2) + "\n",
         ROOT / "recipes" / "flabc.schema.json": json.dumps(Project.model_json_schema(), indent=2) + "\n",
     }
@@ -93,6 +94,12 @@ def readme() -> str:
     text = between(between(text, "quality", quality()), "parity", parity())
     text = between(text, "peers", peers())
     return between(between(text, "methods", against_each_other()), "speed", speed_of_compressing())
+
+
+def mined_tasks() -> str:
+    """What mining yields, and samples of it."""
+    counts = json.loads((RESULTS / "mining.json").read_text(encoding="utf-8"))
+    return mined_samples.as_markdown(json.loads(mined_samples.SAMPLES.read_text(encoding="utf-8")), counts)
 
 
 def speed_of_compressing() -> str:

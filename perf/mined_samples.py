@@ -8,6 +8,7 @@ Only tasks of the standard library and of packages under MIT, BSD or Apache lice
 
 from __future__ import annotations
 
+import ast
 import json
 import random
 import re
@@ -27,16 +28,31 @@ PERMISSIVE = re.compile(
     re.IGNORECASE,
 )
 
-KEPT = ("task_id", "project", "licence", "split", "tested_by", "imports", "prompt", "canonical_solution")
+KEPT = ("task_id", "project", "licence", "split", "tested_by", "imports")
+
+#: Characters that are quoted of what a function says it does.
+QUOTED = 200
 
 
 def sample(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows drawn at random, without their tests."""
+    """Rows drawn at random: what each asks for, and the length of its solution; the code itself is its project's."""
     printable = sorted(
         (row for row in rows if PERMISSIVE.fullmatch(str(row["licence"]).strip())), key=lambda row: str(row["task_id"])
     )
     chosen = random.Random(SEED).sample(printable, min(COUNT, len(printable)))
-    return [{name: row[name] for name in KEPT} for row in chosen]
+    return [{name: row[name] for name in KEPT} | _said(row) for row in chosen]
+
+
+def _said(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's signature, the beginning of its docstring, and the lines of its solution."""
+    tree, name = ast.parse(row["prompt"] + row["canonical_solution"]), row["entry_point"]
+    function = next(each for each in tree.body if isinstance(each, ast.FunctionDef) and each.name == name)
+    paragraph = " ".join((ast.get_docstring(function) or "").split("\n\n")[0].split())
+    return {
+        "signature": f"{name}({ast.unparse(function.args)})",
+        "asks": paragraph if len(paragraph) <= QUOTED else f"{paragraph[:QUOTED]}…",
+        "solution_lines": len(row["canonical_solution"].splitlines()),
+    }
 
 
 def as_markdown(rows: Sequence[Mapping[str, Any]], counts: Mapping[str, Any]) -> str:
@@ -45,7 +61,7 @@ def as_markdown(rows: Sequence[Mapping[str, Any]], counts: Mapping[str, Any]) ->
     parts = [
         "# Mined tasks",
         "",
-        "What `flabc data mine python-stdlib python-packages` made of one environment, step by step:",
+        f"What `flabc data mine {' '.join(counts['sources'])}` made of one environment, step by step:",
         "",
         f"| step | left |\n| --- | ---: |\n{steps}",
         "",
@@ -54,21 +70,17 @@ def as_markdown(rows: Sequence[Mapping[str, Any]], counts: Mapping[str, Any]) ->
             for key, title in (("tested_by", "test"), ("needs", "what has to be installed"), ("splits", "side"))
         ],
         f"{len(rows)} of them, drawn at random (`perf/mined_samples.py`, seed {SEED}) from those of the standard "
-        "library and of packages under MIT, BSD or Apache licences. The code is the projects', under their licences.",
+        "library and of packages under MIT, BSD or Apache licences: what they ask for. Prompts, solutions and tests "
+        "are in the file that the command writes; they are the projects', under their licences.",
         "",
+        "| task | asks for | licence | solution | tested by |",
+        "| --- | --- | --- | ---: | --- |",
     ]
     for row in rows:
-        needs = f"; imports {', '.join(f'`{name}`' for name in row['imports'])}" if row["imports"] else ""
-        code = f"{row['prompt']}{row['canonical_solution']}".rstrip()
-        fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", code) or [""]))
-        parts += [
-            f"## {row['task_id']}",
-            "",
-            f"{row['project']}, {row['licence']}; {row['split']}; tested by {row['tested_by']}{needs}.",
-            "",
-            f"{fence}python\n{code}\n{fence}",
-            "",
-        ]
+        asks = f"`{row['signature']}`: {row['asks']}".replace("|", "\\|")
+        cells = (row["task_id"], asks, row["licence"], f"{row['solution_lines']} lines", row["tested_by"])
+        parts.append(f"| {' | '.join(cells)} |")
+    parts.append("")
     return "\n".join(parts)
 
 
