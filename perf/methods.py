@@ -281,9 +281,7 @@ class Table:
     def save(self) -> None:
         """Write the result; what was there stays until the new one is whole."""
         content = {"environment": environment(), "cells": self.cells}
-        part = self.file.with_suffix(".part")
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        part.replace(self.file)
+        artifact.write_whole(self.file, json.dumps(content, indent=1) + "\n")
 
 
 def made_by(cell: Mapping[str, Any], recipe: Recipe) -> bool:

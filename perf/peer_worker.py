@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -365,7 +366,8 @@ def main() -> None:
         method: Callable[..., Reply] = getattr(worker, request["call"])
         try:
             reply = method(**request["arguments"])
-        except Exception as error:  # whatever a peer raises is its result
+        except Exception as error:  # whatever a peer raises is its result; the log has where
+            traceback.print_exc()
             reply = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(reply), file=replies, flush=True)
 

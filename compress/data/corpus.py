@@ -17,7 +17,7 @@ from flabc.errors import CorpusError
 from . import source
 from .source import CORPORA
 
-__all__ = ["CORPORA", "Document", "Split", "fingerprint", "load", "names_of", "sides", "stream"]
+__all__ = ["CORPORA", "Document", "Split", "fingerprint", "load", "names_of", "prompts", "sides", "stream"]
 
 Split = Literal["calibration", "heldout"]
 
@@ -26,6 +26,10 @@ HELDOUT_ONE_IN = 5
 
 #: Characters of a corpus that ``load`` holds at most: calibration takes windows of a sample.
 HELD_CHARACTERS = 64_000_000
+
+
+#: Characters per token that a text must have to be sure to fill a prompt.
+CHARACTERS_PER_TOKEN = 12
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,25 @@ def sides(
         for split, characters in held.items():
             _check_found(corpus, split, characters > 0)
     return {split: sorted(found, key=lambda document: document.digest[::-1]) for split, found in documents.items()}
+
+
+def prompts(corpora: str | Sequence[str], tokens: int, count: int) -> list[str]:
+    """Up to so many held-out texts that are long enough for a prompt, each cut to a length that is sure to fill it.
+
+    Args:
+        corpora: see ``stream``.
+        tokens: of a prompt.
+        count: how many texts at most.
+
+    Raises:
+        UnknownNameError: see ``stream``.
+        CorpusError: if none is long enough.
+    """
+    size = CHARACTERS_PER_TOKEN * tokens
+    texts = [document.text[:size] for document in load(corpora, "heldout") if len(document.text) >= size]
+    if not texts:
+        raise CorpusError(f"No held-out text is long enough for a prompt of {tokens} tokens.")
+    return texts[:count]
 
 
 def fingerprint(documents: Sequence[Document]) -> str:

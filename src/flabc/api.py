@@ -14,10 +14,7 @@ from typing import TYPE_CHECKING, Any
 from flabc import artifact
 from flabc.artifact import Artifact
 from flabc.console import progress
-from flabc.errors import (
-    FlabcError,
-    require,
-)
+from flabc.errors import require
 from flabc.evaluating import Diff, diff, evaluate, heldout_texts, read_evaluation
 from flabc.exports import Exported, export
 from flabc.frozen import Frozen
@@ -49,9 +46,6 @@ __all__ = [
     "read_bench",
     "read_evaluation",
 ]
-
-#: Characters per prompt token that a text must have to be sure to fill a prompt.
-CHARACTERS_PER_TOKEN = 12
 
 
 class Inspection(Frozen):
@@ -296,6 +290,7 @@ def bench(
     """
     artifact.check_free(output, force=force)
     require("matplotlib", "report")
+    from flabc.compress.data import corpus as held_out
     from flabc.perf import load_table, report, table
     from flabc.runtime.measure.bench import bench as measure
 
@@ -304,7 +299,7 @@ def bench(
     workload = workload or Workload()
     texts = list(heldout_texts(corpus).values())
     longest = max([workload, *sweep], key=lambda each: each.prompt_tokens)
-    prompts = prompt_texts(corpus, longest.model_copy(update={"rounds": workload.rounds}))
+    prompts = held_out.prompts(corpus, longest.prompt_tokens, workload.rounds)
     result = measure(Path(engine), Path(baseline), workload, prompts, texts, sweep, load)
     result = result.model_copy(update={"grid_g_per_kwh": grid_g_per_kwh})
     with artifact.create(output, "report", force=force) as draft:
@@ -365,18 +360,3 @@ def read_bench(folder: str | Path) -> BenchResult:
 def doctor() -> list[Finding]:
     """What this machine can do, and how to get what is missing."""
     return examine()
-
-
-def prompt_texts(corpus: str, workload: Workload) -> list[str]:
-    """Held-out texts that are long enough for a prompt, one for each round.
-
-    Raises:
-        FlabcError: if there is none.
-    """
-    from flabc.compress.data.corpus import load
-
-    size = CHARACTERS_PER_TOKEN * workload.prompt_tokens
-    texts = [document.text[:size] for document in load(corpus, "heldout") if len(document.text) >= size]
-    if not texts:
-        raise FlabcError(f"No held-out text is long enough for a prompt of {workload.prompt_tokens} tokens.")
-    return texts[: workload.rounds]

@@ -163,6 +163,11 @@ class Draft:
         (self.path / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
+def partial_of(out: Path | str) -> Path:
+    """Where what is not finished lies of a folder that will be made."""
+    return Path(f"{Path(out).absolute()}.partial")
+
+
 @contextmanager
 def unfinished(out: Path | str | None, identity: Mapping[str, Any], *, force: bool = False) -> Iterator[Path]:
     """Yield a folder for what is not finished, ``OUT.partial``, in which the same run finds again what it had done.
@@ -181,7 +186,7 @@ def unfinished(out: Path | str | None, identity: Mapping[str, Any], *, force: bo
         with tempfile.TemporaryDirectory(prefix="flabc-") as temporary:
             yield Path(temporary)
         return
-    folder = Path(f"{Path(out).absolute()}.partial")
+    folder = partial_of(out)
     known, content = folder / "run.json", json.dumps(identity, indent=1)
     if known.is_file() and known.read_text(encoding="utf-8") == content and not force:
         note(f"going on with {folder}")

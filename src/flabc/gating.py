@@ -149,8 +149,10 @@ def baseline(
 
 
 def prompts(corpus: str, workload: Workload) -> list[str]:
-    """Held-out texts that are long enough for a prompt."""
-    return api.prompt_texts(corpus, workload)
+    """Held-out texts for prompts, one for each round."""
+    from flabc.compress.data import corpus as held_out
+
+    return held_out.prompts(corpus, workload.prompt_tokens, workload.rounds)
 
 
 @contextmanager

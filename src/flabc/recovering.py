@@ -117,8 +117,7 @@ def recover(
             "processes": processes.count(),
         }
         begun = artifact.unfinished(output, identity, force=force and not resume)
-        partial = Path(f"{Path(output).absolute()}.partial")
-        folder = stack.enter_context(processes.shared(begun, partial, device))
+        folder = stack.enter_context(processes.shared(begun, artifact.partial_of(output), device))
         followed = None
         if source is not None:
             opened = recover.open_model(source.folder, source.spec)
@@ -151,7 +150,7 @@ def _check(
     force: bool,
 ) -> None:
     artifact.check_free(output, force=force)
-    partial = Path(f"{Path(output).absolute()}.partial")
+    partial = artifact.partial_of(output)
     if partial.exists() and not (resume or force):
         raise UsageError(f"{partial} holds a run that was cut off.", fix="--resume goes on, --force begins anew.")
     if resume and not partial.exists():

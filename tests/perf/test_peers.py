@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from flabc import api
+from flabc.compress.data import corpus
 from flabc.errors import EngineError
-from flabc.perf import peer_table, peer_worker, peers
+from flabc.perf import peer_environments, peer_table, peer_worker, peers
+from flabc.perf.peer_environments import Peers
 from flabc.perf.peer_table import PeerCell, PeerSide, PeersResult
-from flabc.perf.peers import Cell, Ours, Peers
+from flabc.perf.peers import Cell, Ours
 from flabc.perf.table import DASH, TIMES
 from flabc.runtime.measure.process import Pipe
 from flabc.runtime.measure.result import Roofline, Sample, Workload
@@ -27,18 +29,13 @@ def measured(
     tiny: Callable[[str], Path], tiny_dense_engine: Path, tiny_engine: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> PeerCell:
     """A cell with both our engines, torch in this very environment, and a peer that cannot be installed."""
-    made = Peers(
-        str(tiny("qwen2-tied")),
-        [Ours(tiny_dense_engine, "dense", "dense"), Ours(tiny_engine, "pruned", "pruned")],
-        tmp_path_factory.mktemp("peers"),
-        tie=False,
-    )
+    ours = [Ours(tiny_dense_engine, "dense", "dense"), Ours(tiny_engine, "pruned", "pruned")]
+    made = Peers(str(tiny("qwen2-tied")), tmp_path_factory.mktemp("peers"), tie=False)
     made.checkpoint()
+    texts = corpus.prompts("python-stdlib", WORK.prompt_tokens, WORK.rounds)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Peers, "python", _python)
-        return Cell(made, "fp32", WORK.model_copy(update={"batch": 2}), peers._texts(WORK)).measure(
-            ["torch", "llama.cpp"]
-        )
+        return Cell(made, ours, "fp32", WORK.model_copy(update={"batch": 2}), texts).measure(["torch", "llama.cpp"])
 
 
 def _python(_: Peers, name: str) -> Path:
@@ -100,11 +97,11 @@ def test_nothing_unlike_is_in_one_cell(tiny_dense_engine: Path, tmp_path: Path, 
     api.export(tiny("qwen2-tied"), tmp_path / "int8", precision="int8")
     both = [Ours(tiny_dense_engine, "a", "dense"), Ours(tmp_path / "int8", "b", "dense")]
     assert [each.precision for each in both] == ["fp32", "int8"]
-    made = Peers("x", both, tmp_path / "work", tie=False)
-    assert [each.name for each in Cell(made, "int8", WORK, []).ours] == ["b"]
-    asked = Cell(made, "int8", WORK, []).asked(["torch"])
-    assert asked != Cell(made, "int8", WORK.model_copy(update={"rounds": 3}), []).asked(["torch"])
-    assert asked != Cell(made, "fp32", WORK, []).asked(["torch"])
+    made = Peers("x", tmp_path / "work", tie=False)
+    assert [each.name for each in Cell(made, both, "int8", WORK, []).ours] == ["b"]
+    asked = Cell(made, both, "int8", WORK, []).asked(["torch"])
+    assert asked != Cell(made, both, "int8", WORK.model_copy(update={"rounds": 3}), []).asked(["torch"])
+    assert asked != Cell(made, both, "fp32", WORK, []).asked(["torch"])
 
 
 class Fake(peer_worker.Peer):
@@ -159,5 +156,5 @@ def test_every_peer_has_an_environment_and_says_its_precisions() -> None:
 def test_old_readers_find_the_rotary_base(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}))
-    peers._for_older_readers(file)
+    peer_environments._for_older_readers(file)
     assert json.loads(file.read_text())["rope_theta"] == 1e6
