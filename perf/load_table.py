@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING
 
 from flabc.frozen import Frozen
 from flabc.runtime.measure.result import BenchResult, LoadCell, LoadPlan, LoadRun
 
-from .statistics import median_ratio, median_ratio_block_interval, percentile_interval, percentiles
+from .statistics import median_ratio, median_ratio_block_interval, percentile_intervals, percentiles
 from .table import DASH, interval_text, significant, times
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def figures(result: BenchResult) -> list[LoadFigures]:
     return [each for cell in cells for each in _both(cell, result.workload.output_tokens)]
 
 
+@lru_cache(maxsize=64)  # page, drawings, Markdown and command each ask for them, and resampling takes seconds
 def _both(cell: LoadCell, output_tokens: int) -> tuple[LoadFigures, LoadFigures]:
     dense, pruned = _latencies(cell.baseline), _latencies(cell.candidate)
     pooled = list(chain.from_iterable(dense)), list(chain.from_iterable(pruned))
@@ -76,7 +78,6 @@ def _figures(
     counted = [request for run in runs for request in run.counted]
     rate = 1000 * len(counted) / sum(run.window_ms for run in runs)
     latencies = _latencies(runs)
-    quantiles = percentiles(list(chain.from_iterable(latencies)))
     return LoadFigures(
         side=side,
         concurrency=cell.concurrency,
@@ -84,8 +85,8 @@ def _figures(
         requests=len(counted),
         requests_per_s=rate,
         tokens_per_s=rate * output_tokens,
-        latency_ms=quantiles,
-        latency_intervals_ms={name: percentile_interval(latencies, float(name[1:])) for name in quantiles},
+        latency_ms=percentiles(list(chain.from_iterable(latencies))),
+        latency_intervals_ms=percentile_intervals(latencies),
         ttft_ms=percentiles([request.ttft_ms for request in counted]),
         queue_ms=percentiles([request.queue_ms for request in counted]),
         times_as_fast=ratio[0],
@@ -103,12 +104,13 @@ def _latencies(runs: Sequence[LoadRun]) -> list[list[float]]:
 
 def rows(result: BenchResult) -> list[dict[str, str]]:
     """The figures for people: a row for each side of each load."""
-    return [_row(each) for each in figures(result)]
+    return [row(each) for each in figures(result)]
 
 
-def _row(each: LoadFigures) -> dict[str, str]:
+def row(each: LoadFigures) -> dict[str, str]:
+    """A side of a load, for people."""
     clients = "1 client" if each.concurrency == 1 else f"{each.concurrency} clients"
-    row = {
+    cells = {
         "load": clients if each.concurrency else f"{each.arrival_rate:g} requests/s come",
         "side": each.side,
         "requests": str(each.requests),
@@ -117,14 +119,14 @@ def _row(each: LoadFigures) -> dict[str, str]:
     }
     for name, value in each.latency_ms.items():
         low, high = (significant(end, 3) for end in each.latency_intervals_ms[name])
-        row[f"latency {name}, ms"] = f"{significant(value, 3)} ({low}{DASH}{high})"
-    row["first token p50, ms"] = significant(each.ttft_ms["p50"], 3)
-    row["queue p50, ms"] = significant(each.queue_ms["p50"], 3)
-    row["times as fast"] = ""
+        cells[f"latency {name}, ms"] = f"{significant(value, 3)} ({low}{DASH}{high})"
+    cells["first token p50, ms"] = significant(each.ttft_ms["p50"], 3)
+    cells["queue p50, ms"] = significant(each.queue_ms["p50"], 3)
+    cells["times as fast"] = ""
     if each.times_as_fast is not None and each.times_as_fast_interval is not None:
-        row["times as fast"] = f"{times(each.times_as_fast)} ({interval_text(each.times_as_fast_interval)})"
-    row["others, cores"] = f"{each.foreign_cores:.2f}"
-    return row
+        cells["times as fast"] = f"{times(each.times_as_fast)} ({interval_text(each.times_as_fast_interval)})"
+    cells["others, cores"] = f"{each.foreign_cores:.2f}"
+    return cells
 
 
 def note(plan: LoadPlan) -> str:
@@ -144,7 +146,7 @@ def note(plan: LoadPlan) -> str:
     return said
 
 
-def as_rich(result: BenchResult) -> Table:
+def as_rich(measured: Sequence[LoadFigures]) -> Table:
     """A table for the terminal: the load, and what people ask for first."""
     from rich import box
     from rich.table import Table
@@ -153,7 +155,7 @@ def as_rich(result: BenchResult) -> Table:
     names = ("load", "side", "requests/s", "tokens/s", "latency p50, ms", "p95, ms", "p99, ms", "first token p50, ms")
     for name in names:
         shown.add_column(name, justify="left" if name in ("load", "side") else "right")
-    for each, row in zip(figures(result), rows(result), strict=True):
-        high = (significant(each.latency_ms[name], 3) for name in ("p95", "p99"))
-        shown.add_row(*(row[name] for name in names[:5]), *high, row[names[7]])
+    for each in measured:
+        cells, high = row(each), (significant(each.latency_ms[name], 3) for name in ("p95", "p99"))
+        shown.add_row(*(cells[name] for name in names[:5]), *high, cells[names[7]])
     return shown

@@ -88,8 +88,8 @@ def _resampled_medians(samples: Floats, resamples: int, generator: np.random.Gen
     return medians
 
 
-def percentile_interval(runs: Sequence[Sequence[float]], q: float) -> tuple[float, float]:
-    """95 % confidence interval of :func:`percentile` over all runs, of samples that hang together.
+def percentile_intervals(runs: Sequence[Sequence[float]]) -> dict[str, tuple[float, float]]:
+    """95 % confidence intervals of :func:`percentiles` over all runs, of samples that hang together.
 
     Who comes behind somebody that waits long waits long as well, so blocks of neighbours are drawn, about as long as
     the square root of their run: the circular block bootstrap (D. Politis and J. Romano, 1992). Of few samples a high
@@ -98,8 +98,9 @@ def percentile_interval(runs: Sequence[Sequence[float]], q: float) -> tuple[floa
     Raises:
         ValueError: if a run is empty.
     """
-    low, high = np.percentile(np.percentile(_blocks(runs, np.random.default_rng(SEED)), q, axis=1), [2.5, 97.5])
-    return float(low), float(high)
+    drawn = np.percentile(_blocks(runs, np.random.default_rng(SEED)), QUANTILES, axis=1)  # (quantiles, resamples)
+    ends = np.percentile(drawn, [2.5, 97.5], axis=1).T
+    return {f"p{q}": (float(low), float(high)) for q, (low, high) in zip(QUANTILES, ends, strict=True)}
 
 
 def median_ratio_block_interval(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> tuple[float, float]:

@@ -22,7 +22,7 @@ from click.testing import CliRunner
 
 from flabc import api, recipe, searching, sweeping
 from flabc.cli import cli
-from flabc.commands.parameters import Targets
+from flabc.commands.parameters import FRACTIONS
 from flabc.errors import ArtifactError, CorpusError, LanguageModelError, UnknownNameError, UsageError
 from flabc.searching import Options, Searched
 
@@ -248,11 +248,11 @@ def test_a_sweep_goes_from_large_to_small(model: str, wanted: Path, tmp_path: Pa
     ("said", "meant"), [("0.5:0.9:0.1", (0.5, 0.6, 0.7, 0.8, 0.9)), ("0.7,0.65", (0.7, 0.65)), ("0.5:0.6:0.2", (0.5,))]
 )
 def test_targets_are_read_as_they_are_meant(said: str, meant: tuple[float, ...]) -> None:
-    assert Targets()(said) == meant
+    assert FRACTIONS(said) == meant
 
 
 @pytest.mark.parametrize("said", ["1:2:0.5", "0.9:0.5:0.1", "0.5:0.9", "0.5:0.9:0", "a", ""])
 def test_targets_that_make_no_sense_are_refused(said: str, tmp_path: Path) -> None:
     found = CliRunner().invoke(cli, ["search", "nothing", "--sweep", said, "-o", str(tmp_path / "out")])
     assert found.exit_code == 2
-    assert "expected fractions between 0 and 1" in found.output
+    assert "expected numbers between 0 and 1" in found.output

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from flabc.perf import load_table, plots, report
-from flabc.perf.statistics import median_ratio_block_interval, percentile_interval
+from flabc.perf.statistics import median_ratio_block_interval, percentile_intervals
 from flabc.runtime.measure.result import BenchResult, LoadCell, LoadPlan, LoadResult, LoadRun, Request
 
 
@@ -94,7 +94,7 @@ def test_blocks_of_independent_samples_say_what_scipy_says() -> None:
     draw = np.random.default_rng(0)
     samples = draw.lognormal(0, 0.3, 400)
     for q in (50, 90):
-        found = percentile_interval([samples.tolist()], q)
+        found = percentile_intervals([samples.tolist()])[f"p{q}"]
         known = stats.bootstrap(
             (samples,), lambda x, axis, q=q: np.percentile(x, q, axis=axis), method="percentile", rng=draw
         ).confidence_interval
@@ -110,5 +110,5 @@ def test_samples_that_hang_together_are_worth_fewer() -> None:
     for each in noise:
         series.append(0.9 * series[-1] + each)
     alone = draw.permutation(series).tolist()
-    wide, narrow = (np.diff(percentile_interval([values], 50))[0] for values in (series, alone))
+    wide, narrow = (np.diff(percentile_intervals([values])["p50"])[0] for values in (series, alone))
     assert wide > 2 * narrow

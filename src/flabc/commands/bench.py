@@ -9,7 +9,7 @@ import click
 
 from flabc.errors import UsageError
 
-from .parameters import AT_LEAST_ONE, CORPUS, FORCE, Numbers, Rates, emit, json_option
+from .parameters import AT_LEAST_ONE, CORPUS, FORCE, RATES, Numbers, emit, json_option
 
 if TYPE_CHECKING:
     from flabc.runtime.measure.shape_result import ShapeResult
@@ -34,7 +34,11 @@ if TYPE_CHECKING:
     "--rounds", type=AT_LEAST_ONE, default=5, show_default=True, help="Rounds of dense, pruned, pruned, dense."
 )
 @click.option("--concurrency", type=Numbers(), help="Also a load of so many clients that never pause; or several, 1,4.")
-@click.option("--arrival-rate", type=Rates(), help="Also a load of so many requests per second; or several, 0.5,1,2.")
+@click.option(
+    "--arrival-rate",
+    type=RATES,
+    help="Also a load of so many requests per second; or several, 0.5,1,2.",
+)
 @click.option(
     "--requests", type=click.IntRange(2), default=32, show_default=True, help="Requests that a run under load counts."
 )
@@ -121,10 +125,9 @@ def bench(
 
         from flabc.perf import load_table, table
 
-        result = api.read_bench(done.path)
-        Console().print(table.as_rich(table.rows(result)))
-        if result.load is not None:
-            Console().print(load_table.as_rich(result))
+        Console().print(table.as_rich(table.rows(api.read_bench(done.path))))
+        if done.load:
+            Console().print(load_table.as_rich(done.load))
         click.echo(f"report: {done.html.absolute()}")
 
     emit(as_json, done, show)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from decimal import Decimal
+from math import inf
 from typing import Any, TypeVar
 
 import click
@@ -65,26 +66,18 @@ class Numbers(click.ParamType[tuple[int, ...]]):
         return tuple(int(part) for part in parts)
 
 
-class Rates(click.ParamType[tuple[float, ...]]):
-    """Numbers above 0, apart by commas, as ``0.5,1,2``."""
+class Reals(click.ParamType[tuple[float, ...]]):
+    """Numbers above 0, apart by commas, or ``FROM:TO:STEP``, both ends meant.
 
-    name = "rates"
+    Args:
+        below: they are smaller than this.
+        example: how they are written.
+    """
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        """Read them, or say how they are written."""
-        try:
-            found = tuple(float(part) for part in str(value).split(","))
-        except ValueError:
-            found = ()
-        if not found or not all(0 < each < float("inf") for each in found):
-            self.fail(f"{value!r}: expected numbers above 0, apart by commas, e.g. 0.5,1,2.", param, ctx)
-        return found
+    name = "numbers"
 
-
-class Targets(click.ParamType[tuple[float, ...]]):
-    """Fractions between 0 and 1: ``0.5:0.9:0.1``, both ends meant, or apart by commas."""
-
-    name = "targets"
+    def __init__(self, below: float, example: str) -> None:
+        self.below, self.example = below, example
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
         """Read them, or say how they are written."""
@@ -96,9 +89,17 @@ class Targets(click.ParamType[tuple[float, ...]]):
                 found = tuple(float(part) for part in str(value).split(","))
         except (ArithmeticError, ValueError):
             found = ()
-        if not found or not all(0 < each < 1 for each in found):
-            self.fail(f"{value!r}: expected fractions between 0 and 1, e.g. 0.5:0.9:0.1 or 0.7,0.8.", param, ctx)
+        if not found or not all(0 < each < self.below for each in found):
+            bounds = "above 0" if self.below == inf else f"between 0 and {self.below:g}"
+            self.fail(f"{value!r}: expected numbers {bounds}, e.g. {self.example}.", param, ctx)
         return found
+
+
+#: Shares of something.
+FRACTIONS = Reals(1, "0.5:0.9:0.1 or 0.7,0.8")
+
+#: So many of something per second.
+RATES = Reals(inf, "0.5,1,2")
 
 
 def json_option(command: F) -> F:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .parameters import AT_LEAST_ONE, FORCE, Numbers, Targets, emit, json_option
+from .parameters import AT_LEAST_ONE, FORCE, FRACTIONS, Numbers, emit, json_option
 
 if TYPE_CHECKING:
     from flabc.searching import Searched
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option(
     "--sweep",
     "targets",
-    type=Targets(),
+    type=FRACTIONS,
     help="Several fractions, FROM:TO:STEP or apart by commas: a search for each, a table and a drawing.",
 )
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
