@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from flabc.errors import require
 from flabc.runtime.measure.shape_result import ShapeFigures, ShapeResult
+
+from .drawings import COLOURS, drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,8 +20,6 @@ DRAWN: dict[str, tuple[str, Values]] = {
     "energy": ("J per token, above idle", lambda found: found.joules_per_token),
     "memory": ("peak device memory, MiB", lambda found: (None, None) if found.extrapolated else found.peak_mib),
 }
-
-COLOURS = ("#8a8f98", "#1f77b4")
 
 
 def write_drawings(results: Sequence[ShapeResult], folder: Path) -> list[Path]:
@@ -50,15 +49,12 @@ def _write(name: str, results: Sequence[ShapeResult], folder: Path) -> Path | No
     found = curves(name, results)
     if not found:
         return None
-    with require("matplotlib", "report").rc_context({"font.size": 8, "svg.fonttype": "none"}):
-        size = (3.2 * len(found), 2.6)
-        figure: Any = require("matplotlib.figure", "report").Figure(figsize=size, layout="constrained")
+    file = folder / f"{name}.svg"
+    with drawing(file, 3.2 * len(found), 2.6) as figure:
         for axes, (title, points) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
             _draw(axes, title, points)
         figure.axes[0].set_ylabel(DRAWN[name][0])
         figure.axes[0].legend(frameon=False)
-        file = folder / f"{name}.svg"
-        figure.savefig(file, metadata={"Date": None})
     return file
 
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from flabc.errors import require
-
-COLOURS = ("#8a8f98", "#1f77b4")
+from .drawings import COLOURS, drawing
 
 
 def write_curves(curves: Mapping[str, Sequence[tuple[float, float]]], file: Path) -> None:
@@ -21,8 +18,7 @@ def write_curves(curves: Mapping[str, Sequence[tuple[float, float]]], file: Path
     Raises:
         MissingExtraError: if matplotlib is not installed.
     """
-    with require("matplotlib", "report").rc_context({"font.size": 8, "svg.fonttype": "none", "svg.hashsalt": "flabc"}):
-        figure: Any = require("matplotlib.figure", "report").Figure(figsize=(4.4, 2.8), layout="constrained")
+    with drawing(file, 4.4, 2.8) as figure:
         axes = figure.subplots()
         for (name, points), colour in zip(curves.items(), COLOURS, strict=False):
             sizes, costs = zip(*sorted(points), strict=True)
@@ -32,4 +28,3 @@ def write_curves(curves: Mapping[str, Sequence[tuple[float, float]]], file: Path
         axes.set_ylabel("KL on held-out text, nats per token")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-        figure.savefig(file, format="svg", metadata={"Date": None})
