@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from .package_tests import OwnTests, home_of, own_tests
+from .package_tests import OwnTests, home_of, own_tests, top_packages
 from .projects import Project
 from .syntax import Home, Module, first_line, imported, is_foreign, parsed
 from .task_tests import ALIASES, of_examples, of_tests
@@ -106,7 +106,8 @@ def mine(project: Project, *, keep_doctests: bool = False) -> Iterator[Task | st
         project: whose code.
         keep_doctests: leave the doctests in the prompt.
     """
-    tests = own_tests(project) if project.importable else {}
+    own = top_packages(project)
+    tests = own_tests(project, own) if project.importable else {}
     tested = {name for _, name in tests}
     for file, source in project.files:
         if ">>>" not in source and tested.isdisjoint(_DEFINED.findall(source)):
@@ -114,7 +115,7 @@ def mine(project: Project, *, keep_doctests: bool = False) -> Iterator[Task | st
         module = parsed(source)
         if module is None:
             continue
-        home, own = home_of(file), _own(project)
+        home = home_of(file)
         for function in module.functions():
             found = _Function(project, file, module, function, home, own)
             examples = _examples(function)
@@ -128,12 +129,6 @@ def mine(project: Project, *, keep_doctests: bool = False) -> Iterator[Task | st
 @functools.cache
 def _installed() -> frozenset[str]:
     return frozenset(importlib.metadata.packages_distributions())
-
-
-@functools.lru_cache(maxsize=1)
-def _own(project: Project) -> frozenset[str]:
-    """The project's top packages."""
-    return frozenset(home_of(file).module.split(".")[0] for file, _ in project.files)
 
 
 @dataclass(frozen=True)

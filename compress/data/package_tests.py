@@ -48,10 +48,14 @@ def home_of(file: str) -> Home:
     return Home(".".join(parts), package)
 
 
-def own_tests(project: Project) -> dict[tuple[str, str], list[OwnTests]]:
-    """Tests by the top package and the name of the function that they are about."""
+def top_packages(project: Project) -> frozenset[str]:
+    """The packages and modules of a project that lie in none."""
+    return frozenset(home_of(file).module.split(".")[0] for file, _ in project.files)
+
+
+def own_tests(project: Project, own: frozenset[str]) -> dict[tuple[str, str], list[OwnTests]]:
+    """Tests by the top package and the name of the function that they are about; ``own`` are the project's."""
     found = dict[tuple[str, str], list[OwnTests]]()
-    own = {home_of(file).module.split(".")[0] for file, _ in project.files}
     for file, source in project.tests:
         module = parsed(source)
         if module is None:

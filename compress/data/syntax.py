@@ -142,7 +142,7 @@ def _bound(statement: ast.stmt) -> set[str]:
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names.add(node.name)
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+            names |= set(map(_called, node.names))
     return names
 
 
@@ -167,6 +167,7 @@ def _is_annotated(function: ast.FunctionDef) -> bool:
 
 
 def _called(alias: ast.alias) -> str:
+    """The name that an import binds."""
     return (alias.asname or alias.name).split(".")[0]
 
 

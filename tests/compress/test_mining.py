@@ -15,7 +15,7 @@ import pytest
 from flabc.compress.data import mining
 from flabc.compress.data.mining import Task, mine, split_of
 from flabc.compress.data.overlap import Benchmark, distinct
-from flabc.compress.data.package_tests import OwnTests, own_tests
+from flabc.compress.data.package_tests import OwnTests, own_tests, top_packages
 from flabc.compress.data.projects import Project, projects
 from flabc.compress.data.syntax import Home
 from flabc.errors import CorpusError, UnknownNameError
@@ -207,7 +207,7 @@ class TestMore(unittest.TestCase):
 
 def test_a_test_is_about_the_one_function_that_it_calls() -> None:
     project = replace(planted(), tests=(("pkg/tests/test_shapes.py", TESTS),))
-    assert own_tests(project) == {
+    assert own_tests(project, top_packages(project)) == {
         ("pkg", "area"): [OwnTests("pkg.tests.test_shapes", ("test_one", "test_value", "TestMore.test_raises"), PKG)],
         ("pkg", "double"): [OwnTests("pkg.tests.test_shapes", ("TestMore.test_twice",), PKG)],
     }

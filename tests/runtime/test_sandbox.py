@@ -574,6 +574,23 @@ def test_programs_together_have_the_verdicts_that_they_have_alone() -> None:
     assert together == alone
 
 
+def test_what_a_neighbour_imports_is_not_there() -> None:
+    programs = ["import xml; xml.dom.minidom", "import xml.dom.minidom"]
+    limits = SandboxLimits(timeout_s=5)
+    assert dict(run_together(programs, [["xml"], ["xml.dom.minidom"]], limits)) == {0: False, 1: True}
+
+
+def test_where_no_program_can_end_another_each_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a crowd would wait for one that never ends until its own time is over: minutes."""
+    if not works("seccomp"):
+        pytest.skip("there is no seccomp here")
+    monkeypatch.setattr(sandbox, "isolation", lambda: sandbox.LEVELS["seccomp"])
+    monkeypatch.setattr("flabc.runtime.evaluate.together.isolation", sandbox.isolation)
+    began = time.monotonic()
+    assert dict(run_together(["pass", "while True: pass"], [[], []], SHORT)) == {0: True, 1: False}
+    assert time.monotonic() - began < 30
+
+
 def test_who_ends_the_others_does_not_end_their_verdicts() -> None:
     programs = ["pass", "import os, signal; os.kill(os.getppid(), signal.SIGKILL)", "assert False"]
     found = dict(run_together(programs, [[]] * 3, SandboxLimits(timeout_s=5)))
