@@ -49,7 +49,7 @@ def generated() -> dict[Path, str]:
 
 def serving() -> str:
     """The page about serving with what was measured of it."""
-    whats = ("throughput", "soak", "first-token", "overhead", "mixed")
+    whats = ("throughput", "soak", "first-token", "overhead", "mixed-pruned", "mixed-dense")
     found = {what: json.loads((RESULTS / f"serving-{what}.json").read_text(encoding="utf-8")) for what in whats}
     fuzz = json.loads((RESULTS / "server-fuzz.json").read_text(encoding="utf-8"))
     rates = {clients: median(each) for clients, each in found["throughput"]["tokens_per_s"].items()}
@@ -63,13 +63,15 @@ def serving() -> str:
         f"and a queue of {soak['max_queue']}: {said};",
         f"  {soak['answers_cut_off']} answers shorter than asked for, never more than {soak['most_at_once']:.0f} "
         f"requests inside, resident memory {soak['rss_mib']['ratio'] - 1:+.1%}.",
-        f"- {found['mixed']['requests']} requests of all kinds, sixteen at a time (the demo's dense engine, float32): "
-        f"{found['mixed']['answered_as_alone']} are answered as alone.",
+        f"- {found['mixed-pruned']['requests']} requests of all kinds, sixteen at a time, on the demo's engines in "
+        f"float32: {found['mixed-pruned']['answered_as_alone']} are answered as alone by the pruned one, "
+        f"{found['mixed-dense']['answered_as_alone']} by the dense one.",
         f"- From opening the engine to its first token: {opened} s.",
         f"- {fuzz['requests']:,} requests that schemathesis made of the OpenAPI document, right and wrong ones, on a "
         "tiny engine: no 5xx, none hung;",
         f"  resident memory {memory[0]:.0f} MiB before, {memory[len(memory) // 5]:.0f} after a fifth of them, "
-        f"{memory[-1]:.0f} at the end.",
+        f"{memory[-1]:.0f} at the end, and {fuzz['rss_mib_again'][-1]:.0f} after "
+        f"{len(fuzz['rss_mib_again']) - 1} times a tenth of them again.",
         "",
         "| A step of | takes | of which Python |",
         "| --- | ---: | ---: |",

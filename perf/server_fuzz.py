@@ -27,6 +27,9 @@ HANG_S = 60.0
 #: How often memory is read.
 STEPS = 20
 
+#: How often requests of which nothing is new are sent in the end, a tenth as many: what grows then is lost.
+AGAIN = 4
+
 #: Tokens that a generated request may ask for: enough to run beside others.
 MAX_TOKENS = 8
 
@@ -45,13 +48,18 @@ def main() -> None:
             if sent % max(1, asked.requests // STEPS) == 0:
                 memory[sent] = server.rss_mib()
 
-        statuses = fuzz(server.url, server.model, asked.requests, watch)
+        statuses, seconds = fuzz(server.url, server.model, asked.requests, watch), time.monotonic() - begun
+        again = [server.rss_mib()]
+        for _ in range(AGAIN):
+            fuzz(server.url, server.model, asked.requests // 10)
+            again.append(server.rss_mib())
         found = {
             "environment": environment_of(asked.engine),
             "requests": sum(statuses.values()),
-            "seconds": round(time.monotonic() - begun, 1),
+            "seconds": round(seconds, 1),
             "statuses": dict(sorted(statuses.items())),
             "rss_mib": {str(sent): mib for sent, mib in memory.items()},
+            "rss_mib_again": again,
         }
     RESULT.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))

@@ -7,7 +7,7 @@ and whether a request is answered beside others as alone.
     python perf/serving.py overhead engine
     python perf/serving.py mixed engine
 
-Each writes ``perf/results/serving-<what>.json``.
+Each writes ``perf/results/serving-<what>.json``, or of another ``--name``.
 """
 
 from __future__ import annotations
@@ -101,10 +101,11 @@ def main() -> None:
     parser.add_argument("engine", type=Path)
     parser.add_argument("--minutes", type=float, default=10.0, help="of the soak")
     parser.add_argument("--rounds", type=int, default=3, help="of everything else")
+    parser.add_argument("--name", help="of the result; by default what is measured")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer")
     asked = parser.parse_args()
     found = {"environment": environment_of(asked.engine), **MEASURES[asked.what](asked)}
-    (RESULTS / f"serving-{asked.what}.json").write_text(json.dumps(found, indent=1) + "\n")
+    (RESULTS / f"serving-{asked.name or asked.what}.json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 
 
@@ -262,7 +263,7 @@ def mixed(asked: argparse.Namespace) -> dict[str, Any]:
     for n in range(MIXED):
         begin = [rng.randrange(40) for _ in range(3 if n % 4 == 3 else 1)]
         prompts = [text[at : at + rng.randrange(1, 200)] for at in begin]
-        cases.append(_Case(n, prompts, rng.choice([(), ("e",), ("ab", "\n")]), rng.randrange(1, asked.tokens)))
+        cases.append(_Case(n, prompts, rng.choice([(), ("e",), ("ab", "\n")]), rng.randint(1, asked.tokens)))
     room = ("--max-length", "512", "--max-batch", "8", "--max-queue", str(2 * MIXED), "--prefill-tokens", "32")
     with Server(asked.engine, *room) as server:
         client = require("openai", "eval").OpenAI(base_url=f"{server.url}/v1", api_key="none")

@@ -103,7 +103,9 @@ def test_a_function_takes_the_place_of_its_packages_own(tmp_path: Path, monkeypa
     pytest.importorskip("test.test_shlex", reason="Python came without its own tests")
     (networkx,), (library,) = projects("networkx"), projects("python-stdlib")
     few = replace(networkx, files=_named(networkx.files, "components/strongly_connected.py"), tests=())
-    shlex = replace(library, files=_named(library.files, "shlex.py"), tests=_named(library.tests, "test_shlex.py"))
+    ((file, tests),) = _named(library.tests, "test_shlex.py")
+    elsewhere = f"{tests}\n\ndef on_another_system():\n    import nowhere.at.all\n"
+    shlex = replace(library, files=_named(library.files, "shlex.py"), tests=((file, elsewhere),))
     monkeypatch.setattr(mining, "projects", lambda source: [few, shlex])
     monkeypatch.setattr("flabc.compress.data.mining.split_of", lambda project: "dev")
     found = mining.mine(["both"], tmp_path / "tasks.jsonl", allow_code_execution=True)

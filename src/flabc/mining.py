@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from flabc import artifact
@@ -114,9 +115,10 @@ def mine(
     unknown = [task for task in single if not benchmark.knows(task.function)]
     limits = SandboxLimits(timeout_s=timeout_s)
     passing = _graded(unknown, Task.program, limits, workers, "running the tests", passed=True)
-    tasks = _graded(
+    failing = _graded(
         passing, lambda task: task.program(mining.EMPTY), limits, workers, "running them on nothing", passed=False
     )
+    tasks = [_of_what_is_here(task) for task in failing]
     if not tasks:
         raise CorpusError(
             "No task was found.",
@@ -197,6 +199,12 @@ def _graded(
             if verdict is passed:
                 right.add(index)
     return [task for index, task in enumerate(tasks) if index in right]
+
+
+def _of_what_is_here(task: Task) -> Task:
+    """The task without the imports that it passed without: what tests name in a branch that was not taken."""
+    here = tuple(name for name in task.imports if importlib.util.find_spec(name.split(".")[0]))
+    return replace(task, imports=here)
 
 
 def _need(task: Task) -> str:
