@@ -177,7 +177,7 @@ class WidthsConfig(Amount):
 
 
 class RestoreConfig(Amount):
-    """Refit every FFN output projection in turn, so that the cut model's hidden states follow the dense model's."""
+    """Refit every output projection in turn, so that the cut model's hidden states follow the dense model's."""
 
     stage: Literal["restore"] = "restore"
     damping: float = Field(0.01, gt=0, description="Pull towards the weights as they are, as a share of the inputs.")

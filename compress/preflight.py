@@ -84,7 +84,7 @@ def workspace_bytes(spec: ModelSpec, stages: Sequence[Frozen], calibration: Cali
                 variants = len(spec.layers) * len(stage.of) * len(SHARES) + 2
                 needs.append(variants * stage.sequences * calibration.sequence_length * hidden * computed)
         if isinstance(stage, RestoreConfig):
-            states = tokens * hidden * (2 * computed + 3 * 4) + tokens * width * computed
+            states = tokens * hidden * (3 * computed + 3 * 4) + tokens * width * computed
             needs.append(states + 3 * 8 * width**2)
         if isinstance(stage, RecoverConfig):
             copies = 2 if stage.method == "lora" else 5  # student and teacher; gradients and two moments of Adam
@@ -93,25 +93,32 @@ def workspace_bytes(spec: ModelSpec, stages: Sequence[Frozen], calibration: Cali
     return INTERPRETER_BYTES + always + max(needs)
 
 
-def check_disk(output: Path, stored_bytes: int, *, scratch: bool) -> None:
-    """Make sure that there is room for the result, and for what a streamed model puts aside.
+def training_bytes(spec: ModelSpec, stages: Sequence[Frozen]) -> int:
+    """What a stage that trains puts aside on disk at most: two models, and the states of the training.
+
+    Of all weights a state has these and two moments of Adam in float32; the best and the last one are kept while the
+    next is written. States of adapters are small beside a model.
+    """
+    copies = [2 if stage.method == "lora" else 2 + 3 * 3 for stage in stages if isinstance(stage, RecoverConfig)]
+    return max(copies, default=0) * 4 * spec.num_parameters
+
+
+def check_disk(folder: Path, needed: int, *, fix: str) -> None:
+    """Make sure that there is room for what will be written to a folder, which need not exist yet.
 
     Args:
-        output: where the result will lie.
-        stored_bytes: of the dense model's weights.
-        scratch: whether refitted tensors are put aside on disk.
+        folder: where it will lie.
+        needed: bytes.
+        fix: what to do if there is not.
 
     Raises:
         UsageError: if there is not.
     """
-    place = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
-    needed, free = stored_bytes * (2 if scratch else 1), shutil.disk_usage(place).free
+    place = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    free = shutil.disk_usage(place).free
     if free < needed:
         raise UsageError(
-            f"There is not enough room on the disk of {place}.",
-            expected=_gib(needed),
-            found=_gib(free),
-            fix="Give another output folder.",
+            f"There is not enough room on the disk of {place}.", expected=_gib(needed), found=_gib(free), fix=fix
         )
 
 

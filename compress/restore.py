@@ -1,7 +1,7 @@
 """Restoration: after a cut, refit what is left to what was there, in closed form and without training.
 
-``refit`` repairs one projection whose inputs were cut. The restore stage goes through the whole model: layer after
-layer, each FFN output projection is refitted so that the cut model's hidden states, as they are after all the cuts
+``refit`` repairs one projection whose inputs were cut. The restore stage goes through the whole model: sub-block after
+sub-block, each output projection is refitted so that the cut model's hidden states, as they are after all the cuts
 below, follow the dense model's. It also makes up for layers that are gone, which no local refit can.
 """
 
@@ -22,7 +22,10 @@ from .gram import DAMPING, Gram, damped, pieces
 from .model import CausalLM, cut_vocab
 from .stage import Context, Plan, Stage
 from .stored import Weight, loaded
-from .walk import WHOLE, Walk
+from .walk import Decision, Walk, dense_variant
+
+#: The projections that end sub-blocks, in their order, and what a layer is up to there from the one before.
+OUTPUTS = {"o": Decision(ffn=False), "down": Decision(attention=False)}
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class RestorePlan(Plan):
 
 
 def plan(model: CausalLM, config: RestoreConfig, context: Context) -> RestorePlan:
-    """Refit every layer's FFN output projection to the dense model's hidden states.
+    """Refit every sub-block's output projection to the dense model's hidden states.
 
     Raises:
         StageError: if a norm stands between the projection and the hidden states, as in Gemma: no closed form is known.
@@ -45,26 +48,24 @@ def plan(model: CausalLM, config: RestoreConfig, context: Context) -> RestorePla
         )
     if not _narrower(model, context.dense):
         return RestorePlan("restore: no layer was cut; nothing to restore")
-    multiplier = float(model.config[model.family.output_multiplier]) if model.family.output_multiplier else 1.0
     tokens = context.tokens(model)
-    targets = dense_states(model, context, tokens)
     walk = Walk(model, tokens, context.device, context.dtype)
     hidden = walk.embed()
     refitted, count, before, after = dict[str, Weight](), 0, 0.0, 0.0
     with torch.no_grad(), progress("restoring layers", len(model.spec.layers)) as advance:
-        for layer, target in enumerate(targets):
-            hidden, inputs = _through(walk, layer, hidden)
-            before = _distance(hidden, target)
-            if inputs is not None:
-                gap = (target.float() - hidden).flatten(0, 1)  # (N * T, D)
-                shifted = bias.name_of(model, "down", layer)
-                change, shift = explain(gap / multiplier, inputs, config.damping, intercept=shifted is not None)
-                changes = {model.name("down", layer): change} | ({shifted: shift} if shifted else {})
+        for layer, targets in enumerate(dense_states(model, context, tokens)):
+            weights = walk.fetch(layer)
+            for role, target in targets.items():
+                if not _has(model, role, layer):
+                    continue
+                hidden, inputs = _through(walk, layer, role, weights, hidden)
+                before = _distance(hidden, target)
+                changes, step = _refit(model, role, layer, target.float() - hidden, inputs, config.damping)
                 for name, by in changes.items():
                     refitted[name] = context.keep(loaded(model.weights[name]).float() + by.cpu(), model)
-                hidden += multiplier * (inputs @ change.T.to(inputs.dtype) + shift).view_as(hidden)
+                hidden += step
+                after = _distance(hidden, target)
                 count += 1
-            after = _distance(hidden, target)
             advance(1)
     details = {"refitted": count, "last_layer_before": round(before, 6), "last_layer": round(after, 6)}
     summary = f"restore: {count} output projections refitted; last hidden states {after:.2%} from dense"
@@ -79,29 +80,44 @@ def apply(model: CausalLM, plan: RestorePlan) -> CausalLM:
 RESTORE: Stage[RestoreConfig, RestorePlan] = Stage(plan, apply)
 
 
-def dense_states(model: CausalLM, context: Context, tokens: Tensor) -> Iterator[Tensor]:
-    """The dense model's hidden states where each layer of the cut model ends, (N, T, D), computed as they are needed.
+def dense_states(model: CausalLM, context: Context, tokens: Tensor) -> Iterator[dict[str, Tensor]]:
+    """The dense model's hidden states where each sub-block of the cut model ends, computed as they are needed.
 
     A layer stands for itself and for those removed between it and the one before it; what was removed behind the
-    last layer is the last one's to make up for.
+    last layer is its FFN's to make up for.
 
     Args:
         model: the cut model.
         context: has the dense model.
         tokens: in the cut model's ids, (N, T).
+
+    Yields:
+        for each layer, the states behind the attention (``o``) and behind the FFN (``down``), (N, T, D) each.
     """
     dense = cut_vocab(context.dense, model.token_origin)
-    walk = Walk(dense, tokens, context.device, context.dtype)
-    hidden = walk.embed()
+    stream = Walk(dense, tokens, context.device, context.dtype).stream(dense_variant(dense.spec))
     ends = [*model.layer_origin[:-1], len(dense.spec.layers) - 1]
-    begin = 0
-    for end in ends:
-        with torch.no_grad():
-            for index in range(begin, end + 1):
-                layer = walk.layer(index, WHOLE, walk.fetch(index))
-                hidden = walk.surround.forward(layer, index, hidden)
-        begin = end + 1
-        yield hidden
+    for origin, end in zip(model.layer_origin, ends, strict=True):
+        targets = dict[str, Tensor]()
+        for index, (_, between, after) in stream:
+            if index == origin:
+                targets["o"] = between
+            if index == end:
+                yield {**targets, "down": after}
+                break
+
+
+def _refit(
+    model: CausalLM, role: str, layer: int, gap: Tensor, inputs: Tensor, damping: float
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The changes of a projection and its bias, by checkpoint name, and what they add to hidden states, (N, T, D)."""
+    key = model.family.output_multiplier
+    multiplier = float(model.config[key]) if key else 1.0
+    shifted = bias.name_of(model, role, layer)
+    lacks = gap.flatten(0, 1) / multiplier  # (N * T, D)
+    change, shift = explain(lacks, inputs, damping, intercept=shifted is not None)
+    changes = {model.name(role, layer): change} | ({shifted: shift} if shifted else {})
+    return changes, multiplier * (inputs @ change.T.to(inputs.dtype) + shift).view_as(gap)
 
 
 def explain(gap: Tensor, inputs: Tensor, damping: float, *, intercept: bool = False) -> tuple[Tensor, Tensor]:
@@ -166,16 +182,22 @@ def _narrower(model: CausalLM, dense: CausalLM) -> bool:
     return model.spec.layers != dense.spec.layers
 
 
-def _through(walk: Walk, index: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-    """One layer of the cut model: its output, (N, T, D), float32, and its projection's inputs, (N * T, F), if any."""
-    model = walk.model
-    layer = walk.layer(index, WHOLE, walk.fetch(index))
+def _has(model: CausalLM, role: str, layer: int) -> bool:
+    """Whether a layer has the sub-block that a projection ends."""
+    spec = model.spec.layers[layer]
+    return spec.has_ffn if OUTPUTS[role].ffn else spec.has_attention
+
+
+def _through(
+    walk: Walk, index: int, role: str, weights: Mapping[str, Tensor], hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A sub-block of the cut model: states behind it, (N, T, D), float32, and what its projection gets, (N * T, F)."""
+    block = walk.layer(index, OUTPUTS[role], weights)
     seen: list[Tensor] = []
-    if model.spec.layers[index].has_ffn:
-        projection = layer.get_submodule(model.inner_name("down", index).removesuffix(".weight"))
-        projection.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
-    output = walk.surround.forward(layer, index, hidden.to(walk.dtype)).float()
-    return output, torch.cat(seen) if seen else None
+    projection = block.get_submodule(walk.model.inner_name(role, index).removesuffix(".weight"))
+    projection.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
+    output = walk.surround.forward(block, index, hidden.to(walk.dtype)).float()
+    return output, torch.cat(seen)
 
 
 def _distance(hidden: Tensor, target: Tensor) -> float:

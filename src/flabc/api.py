@@ -235,8 +235,14 @@ def _checked(
         memory=memory,
         can_stream=can_stream(location),
     )
+    training = preflight.training_bytes(spec, recipe.stages)
     if output is not None:
-        preflight.check_disk(Path(output), size, scratch=stream)
+        # Of a streamed model what is refitted and what is trained lie beside the output for a while.
+        needed = 2 * size + training if stream else size
+        preflight.check_disk(Path(output), needed, fix="Give another output folder.")
+    if training and not stream:
+        aside = Path(tempfile.gettempdir())
+        preflight.check_disk(aside, training, fix="Set TMPDIR to a folder on a larger disk.")
     return stream
 
 

@@ -12,7 +12,7 @@ import torch
 from flabc.compress import load, restore
 from flabc.compress.config import Calibration, RestoreConfig
 from flabc.compress.data import corpus
-from flabc.compress.model import CausalLM, cut_channels, cut_layers, cut_vocab
+from flabc.compress.model import CausalLM, cut_channels, cut_layers, cut_sub_blocks, cut_vocab
 from flabc.compress.stage import Context
 from flabc.compress.walk import Walk, dense_variant
 from flabc.errors import StageError
@@ -92,16 +92,16 @@ def test_the_reported_distance_is_that_of_the_restored_model(tiny: Callable[[str
     assert abs(plan.details["last_layer"] - distance) < 1e-3 * max(1e-3, distance) + 1e-5
 
 
-def test_targets_are_the_dense_states_where_each_kept_layer_ends(tiny: Callable[[str], Path]) -> None:
+def test_targets_are_the_dense_states_where_each_kept_sub_block_ends(tiny: Callable[[str], Path]) -> None:
     dense = load.load(str(tiny("llama-tied")))
     context = context_for(dense)
     keep_rows = list(range(0, dense.spec.vocab_size - 1))
-    cut = cut_layers(cut_vocab(dense, keep_rows), [0, 1])  # the last layer is gone
+    cut = cut_layers(cut_vocab(dense, keep_rows), [1])  # the first and the last layer are gone
     tokens = torch.tensor([[5, 9, 30, 31]])
-    states = list(restore.dense_states(cut, context, tokens))
-    first = cut_layers(dense, [0])
-    torch.testing.assert_close(states[0], last_states(first, tokens))
-    torch.testing.assert_close(states[1], last_states(dense, tokens))  # makes up for the removed one too
+    (states,) = restore.dense_states(cut, context, tokens)
+    two = cut_sub_blocks(cut_layers(dense, [0, 1]), ffn=[1])
+    torch.testing.assert_close(states["o"], last_states(two, tokens))
+    torch.testing.assert_close(states["down"], last_states(dense, tokens))  # makes up for the removed ones too
 
 
 def test_a_norm_behind_the_projection_is_refused(tiny: Callable[[str], Path]) -> None:

@@ -17,6 +17,7 @@ from flabc.compress.location import locate
 from flabc.compress.stored import Stored, spill, stored_in
 from flabc.compress.walk import Walk, dense_variant, without
 from flabc.errors import ModelError, UsageError
+from flabc.recipe import parse
 
 
 @settings(max_examples=30, deadline=None)
@@ -116,6 +117,22 @@ def test_too_little_room_is_told_before_any_work(
     with pytest.raises(UsageError, match="not enough room on the disk"):
         api.compress(str(tiny("llama-tied")), tiny_recipe, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_room_for_training_is_asked_for_where_it_takes_place(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """States of three trainings of all weights, and two models: 11 times 4 bytes a parameter."""
+
+    class Nearly:
+        free = 44 * load.load(str(tiny("llama-tied"))).spec.num_parameters - 1
+
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Nearly())
+    recipe = {"name": "trained", "stages": [{"stage": "recover", "method": "full"}]}
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    with pytest.raises(UsageError, match=f"not enough room on the disk of {tmp_path}.*TMPDIR"):
+        api.compress(str(tiny("llama-tied")), parse(recipe, "trained"), tmp_path / "out")
 
 
 def test_weights_stay_on_disk_where_memory_does_not_suffice(tiny: Callable[[str], Path]) -> None:
