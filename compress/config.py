@@ -90,6 +90,11 @@ class Calibration(Frozen):
     corpus: Corpora = Field("python-stdlib", description=f"{_CORPORA} Several count alike.")
     sequences: int = Field(48, gt=0, description="Token sequences for scores and statistics.")
     sequence_length: int = Field(512, gt=1, description="Tokens per sequence.")
+    generated: bool = Field(
+        False,
+        description="Count as one corpus more what the dense model writes itself, going on from beginnings of the "
+        "others: what it reads most of where it serves.",
+    )
 
 
 class VocabConfig(Amount):

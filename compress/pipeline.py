@@ -20,6 +20,7 @@ from flabc.spec import BYTES_PER_PARAMETER, ModelSpec
 from .config import Calibration, LayersConfig, RecoverConfig, RestoreConfig, Target, VocabConfig, WidthsConfig
 from .data import corpus
 from .data.corpus import Document
+from .generated import written
 from .layers import LAYERS
 from .model import CausalLM, check_weights
 from .restore import RESTORE
@@ -195,13 +196,16 @@ def context_of(model: CausalLM, target: Target | None, calibration: Calibration,
     """
     torch.manual_seed(seed)
     place, text = device_named(device), corpus.sides(calibration.corpus)
+    dtype, documents = compute_dtype(place), text["calibration"]
+    if calibration.generated:
+        documents = [*documents, *written(model, documents, calibration, device=place, dtype=dtype, seed=seed)]
     return Context(
         dense=model,
         calibration=calibration,
-        documents=text["calibration"],
+        documents=documents,
         heldout=text["heldout"],
         target_parameters=parameters_left(target, model.spec) if target else None,
         device=place,
-        dtype=compute_dtype(place),
+        dtype=dtype,
         seed=seed,
     )

@@ -13,6 +13,7 @@ from flabc.errors import UsageError
 from flabc.frozen import Frozen
 from flabc.spec import ModelSpec
 
+from . import generated
 from .allocate import ALLOCATIONS
 from .config import Calibration, LayersConfig, RecoverConfig, RestoreConfig, WidthsConfig
 from .sensitivity import SHARES
@@ -51,22 +52,29 @@ def streams(
     resident = 2 * stored_bytes + work  # the dense model and the cut one
     if resident <= limit:
         return False
-    if can_stream and work <= limit:
+    if can_stream and work <= limit and not calibration.generated:
         return True
+    fix = "Lower calibration.sequences or calibration.sequence_length"
+    if calibration.generated:
+        fix += ", or calibrate without generated text: a model that writes has to be in memory."
+    elif can_stream:
+        fix += "."
+    else:
+        fix += ", or convert the model to safetensors, which are read one by one."
     raise UsageError(
         "There is not enough memory.",
-        expected=f"{_gib(work if can_stream else resident)}",
+        expected=f"{_gib(work if can_stream and not calibration.generated else resident)}",
         found=f"{_gib(limit)}",
-        fix="Lower calibration.sequences or calibration.sequence_length"
-        + ("." if can_stream else ", or convert the model to safetensors, which are read one by one."),
+        fix=fix,
     )
 
 
 def workspace_bytes(spec: ModelSpec, stages: Sequence[Frozen], calibration: Calibration, dtype: torch.dtype) -> int:
     """What the stages need at most beside the weights of a model that is not streamed.
 
-    Two layers, both embeddings and a block of logits are always there; then either the states of all variants of a
-    layers stage, or the inputs, states and normal equations of one projection.
+    Two layers, both embeddings and a block of logits are always there; then either the model and its cache while it
+    writes, or the states of all variants of a layers stage, or the inputs, states and normal equations of one
+    projection.
     """
     computed, hidden, width = dtype.itemsize, spec.hidden_size, max(layer.intermediate_size for layer in spec.layers)
     one_layer = max(sum(layer.values()) for layer in spec.layer_parameters())
@@ -74,6 +82,9 @@ def workspace_bytes(spec: ModelSpec, stages: Sequence[Frozen], calibration: Cali
     always += 3 * 4 * LOGIT_ROWS * spec.vocab_size
     tokens = calibration.sequences * calibration.sequence_length
     needs = [tokens * hidden * computed]
+    if calibration.generated:
+        room = min(generated.BATCH, generated.count(calibration)) * generated.length(calibration)
+        needs.append(computed * spec.num_parameters + room * spec.kv_bytes_per_token(computed))
     for stage in stages:
         if isinstance(stage, LayersConfig):
             sequences = min(stage.sequences, calibration.sequences)

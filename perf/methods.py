@@ -65,12 +65,14 @@ class Method:
         stages: from the dense model's spec, the parameters to leave, and the rows to keep, None for all.
         emitted: cut the vocabulary first to the tokens that the corpus emits, whatever they are derived from.
         target: whether the stages are told the target; else they count for themselves.
+        generated: listen to as much of the dense model's own text as of each corpus, beside these.
     """
 
     title: str
     stages: Callable[[ModelSpec, int, int | None], Stages]
     emitted: bool = False
     target: bool = True
+    generated: bool = False
 
 
 def layers_to_go(spec: ModelSpec, parameters: int, share: float = 1.0) -> int:
@@ -131,6 +133,7 @@ METHODS = {
     "ours-unrestored": Method("flabc without restoration", ours(restore=False)),
     "ours": Method("flabc", ours(restore=True)),
     "ours-kl": Method("flabc, rates by KL", ours(restore=True, allocation="kl")),
+    "ours-generated": Method("flabc, on the model's own text too", ours(restore=True), generated=True),
 }
 
 
@@ -296,7 +299,8 @@ def recipe_of(key: str, method: Method, dense: ModelSpec, left: int, size: str) 
     """A cell's recipe."""
     stages = method.stages(dense, left, ROWS.get(size))
     target = {"target": {"params": left}} if method.target else {}
-    return parse({"name": key, **target, "calibration": CALIBRATION, "stages": stages}, key)
+    calibration = {**CALIBRATION, "generated": method.generated}
+    return parse({"name": key, **target, "calibration": calibration, "stages": stages}, key)
 
 
 def compress(model: str, recipe: Recipe, folder: Path, *, emitted: bool) -> dict[str, Any]:
