@@ -21,7 +21,7 @@ class Pool:
     Args:
         layer: the layer.
         units: how many there are: FFN channels, or KV groups with their query heads.
-        parameters: that one unit costs.
+        price: of one unit: parameters, or nanoseconds.
         step: the number that is left is a multiple of this.
         least: units that stay at any rate.
         worth: of each unit, (units,), for allocations that rank units across pools.
@@ -29,7 +29,7 @@ class Pool:
 
     layer: int
     units: int
-    parameters: int
+    price: int
     step: int = 1
     least: int = 1
     worth: Tensor | None = None
@@ -45,14 +45,14 @@ Pools = Sequence[Pool]
 
 def uniform(pools: Pools, parameters: float, _: float) -> list[int]:
     """The same share of every pool."""
-    share = parameters / sum(pool.parameters * pool.units for pool in pools)
+    share = parameters / sum(pool.price * pool.units for pool in pools)
     return [pool.aligned(pool.units * (1 - share)) for pool in pools]
 
 
 def ramp(pools: Pools, parameters: float, slope: float) -> list[int]:
     """Rates in arithmetic progression over the layers, each deeper one more by ``slope``. ATP (Huang et al., 2025)."""
-    total = sum(pool.parameters * pool.units for pool in pools)
-    centre = sum(pool.layer * pool.parameters * pool.units for pool in pools) / total
+    total = sum(pool.price * pool.units for pool in pools)
+    centre = sum(pool.layer * pool.price * pool.units for pool in pools) / total
     rates = [parameters / total + slope * (pool.layer - centre) for pool in pools]
     return [pool.aligned(pool.units * (1 - min(1.0, max(0.0, rate)))) for pool, rate in zip(pools, rates, strict=True)]
 
@@ -64,7 +64,7 @@ def standardised(pools: Pools, parameters: float, _: float) -> list[int]:
 
 def marginal(pools: Pools, parameters: float, _: float) -> list[int]:
     """One threshold across layers and kinds for worth per parameter; for scores that are costs of the whole model."""
-    return _cheapest([_ranked(pool) / pool.parameters for pool in pools], pools, parameters)
+    return _cheapest([_ranked(pool) / pool.price for pool in pools], pools, parameters)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _cheapest(worth: Sequence[Tensor], pools: Pools, parameters: float) -> list[
         if parameters <= 0:
             break
         left[at] -= units
-        parameters -= units * pools[at].parameters
+        parameters -= units * pools[at].price
     return left
 
 

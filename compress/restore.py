@@ -188,9 +188,7 @@ def _has(model: CausalLM, role: str, layer: int) -> bool:
     return spec.has_ffn if OUTPUTS[role].ffn else spec.has_attention
 
 
-def _through(
-    walk: Walk, index: int, role: str, weights: Mapping[str, Tensor], hidden: Tensor
-) -> tuple[Tensor, Tensor]:
+def _through(walk: Walk, index: int, role: str, weights: Mapping[str, Tensor], hidden: Tensor) -> tuple[Tensor, Tensor]:
     """A sub-block of the cut model: states behind it, (N, T, D), float32, and what its projection gets, (N * T, F)."""
     block = walk.layer(index, OUTPUTS[role], weights)
     seen: list[Tensor] = []

@@ -119,7 +119,7 @@ def widths(model: CausalLM, config: WidthsConfig, context: Context, worth: Mappi
     """
     found = places(model, config.of)
     pools = [_pool(model, place, config, worth.get(place)) for place in found]
-    total = sum(pool.parameters * pool.units for pool in pools)
+    total = sum(pool.price * pool.units for pool in pools)
     if context.spare(model) <= 0:
         return {}
     if config.rates is not None:
@@ -195,7 +195,7 @@ def _check_reached(
     Raises:
         StageError: if it does not.
     """
-    gone = sum((pool.units - units) * pool.parameters for pool, units in zip(pools, left, strict=True))
+    gone = sum((pool.units - units) * pool.price for pool, units in zip(pools, left, strict=True))
     if config.takes_the_rest and gone < context.spare(model):
         nearest = (model.spec.num_parameters - gone) / context.dense.spec.num_parameters
         raise StageError(

@@ -23,6 +23,9 @@ from click.testing import CliRunner
 from flabc import api, recipe, searching, sweeping
 from flabc.cli import cli
 from flabc.commands.parameters import FRACTIONS
+from flabc.compress.search import population
+from flabc.compress.search.latencies import Latencies
+from flabc.compress.sensitivity import levels_of
 from flabc.errors import ArtifactError, CorpusError, LanguageModelError, UnknownNameError, UsageError
 from flabc.searching import Options, Searched
 
@@ -222,9 +225,18 @@ def test_the_command_prints_a_table_or_one_object(model: str, wanted: Path, tmp_
     assert "apart by commas" in wrong.stderr
 
 
-def test_a_sweep_goes_from_large_to_small(model: str, wanted: Path, tmp_path: Path) -> None:
-    few = SMALL.model_copy(update={"evaluations": 16})
+def test_a_sweep_goes_from_large_to_small(
+    model: str, wanted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few, prepared = SMALL.model_copy(update={"evaluations": 16}), list[object]()
+
+    def counted(*asked: Any, **more: Any) -> Any:
+        prepared.append(asked)
+        return levels_of(*asked, **more)
+
+    monkeypatch.setattr(population, "levels_of", counted)
     done = sweeping.sweep(model, wanted, tmp_path / "swept", (0.7, 0.8, 0.75), few)
+    assert len(prepared) == 1  # the places are cut to their levels once
     assert [point.target for point in done.points] == [0.8, 0.75, 0.7]
     dense = api.inspect(model).total_parameters
     for point in done.points:
@@ -242,6 +254,32 @@ def test_a_sweep_goes_from_large_to_small(model: str, wanted: Path, tmp_path: Pa
     assert ElementTree.parse(done.path / "sweep.svg").getroot().tag.endswith("svg")
     again = sweeping.sweep(model, wanted, tmp_path / "swept", (0.7, 0.8, 0.75), few, resume=True)
     assert again == done
+
+
+def test_a_budget_of_time_is_kept(model: str, wanted: Path, tmp_path: Path) -> None:
+    """A layer's attention takes most of the time here, and few of the parameters: it is what goes."""
+    spec = api.inspect(model).spec
+    channels, groups = spec.layers[0].intermediate_size, spec.layers[0].num_key_value_heads
+    table = tmp_path / "latencies.json"
+    slow = {"ffn": {channels: 1.0}, "heads": {each: 5.0 * each for each in range(1, groups + 1)}, "rest": 2.0}
+    table.write_text(json.dumps(slow))
+    asked = ["search", model, "--recipe", str(wanted), "--target", "0.6", "--latencies", str(table), "--json"]
+    few = ["--evaluations", "16", "--offspring", "8", "--levels", "6", "--sequences", "2,6"]
+    done = CliRunner().invoke(cli, [*asked, *few, "-o", str(tmp_path / "out")], catch_exceptions=False)
+    found = searching.Searched.model_validate({**json.loads(done.stdout), "path": tmp_path / "out"})
+    whole = 2.0 + len(spec.layers) * (1.0 + 5.0 * groups)
+    assert found.best.milliseconds is not None
+    assert found.best.milliseconds <= 0.6 * whole
+    assert sum(found.heads) < groups * len(spec.layers)
+    cut = api.compress(model, tmp_path / "out" / "recipe.yaml", None).spec
+    took = 2.0 + sum(layer.intermediate_size / channels + 5.0 * layer.num_key_value_heads for layer in cut.layers)
+    assert took == pytest.approx(found.best.milliseconds, abs=1e-5)
+
+
+def test_a_table_of_latencies_needs_a_target(model: str, wanted: Path, tmp_path: Path) -> None:
+    timed = SMALL.model_copy(update={"latencies": Latencies(ffn={4096: 1.0})})
+    with pytest.raises(UsageError, match=r"not how much may be.*--target"):
+        searching.search(model, wanted, tmp_path / "out", timed)
 
 
 @pytest.mark.parametrize(

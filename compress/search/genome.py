@@ -60,11 +60,18 @@ class Site:
         place: the kind and the layer.
         sizes: units that stay at each level, ascending; the last is the place as it is.
         parameters: of the sub-block at each level, ascending.
+        nanoseconds: that it takes at each level, never fewer than below, if time is what there is a budget of.
     """
 
     place: Place
     sizes: tuple[int, ...]
     parameters: tuple[int, ...]
+    nanoseconds: tuple[int, ...] = ()
+
+    @property
+    def costs(self) -> tuple[int, ...]:
+        """What each level takes of the budget."""
+        return self.nanoseconds or self.parameters
 
     def level(self, units: float) -> int:
         """The highest level that does not keep more units than this; the lowest if all do."""
@@ -91,7 +98,7 @@ class Space:
     Args:
         whole: the model as it is.
         sites: the places that are searched.
-        budget: parameters that all sites may have together.
+        budget: what all sites may cost together: parameters, or nanoseconds.
 
     Raises:
         StageError: if the budget leaves nothing to choose.
@@ -102,13 +109,14 @@ class Space:
     budget: int
 
     def __post_init__(self) -> None:
-        least = sum(site.parameters[0] for site in self.sites)
-        most = sum(site.parameters[-1] for site in self.sites)
-        rise = min((site.parameters[1] - site.parameters[0] for site in self.sites if len(site.sizes) > 1), default=0)
-        if not least + rise <= self.budget < most or not rise:
+        least = sum(site.costs[0] for site in self.sites)
+        rises = [site.costs[1] - site.costs[0] for site in self.sites if len(site.sizes) > 1]
+        rise = min(rises, default=0)
+        if not rises or not least + rise <= self.budget < self.most:
+            unit = "nanoseconds" if any(site.nanoseconds for site in self.sites) else "parameters"
             raise StageError(
                 "There is nothing to search: the target is outside what narrowing can reach.",
-                expected=f"from {least + rise:,} to {most - 1:,} parameters in what is narrowed",
+                expected=f"from {least + rise:,} to {self.most - 1:,} {unit} in what is narrowed",
                 found=f"{self.budget:,}",
                 fix="Change the target, narrow more kinds ('of'), or let other stages cut less.",
             )
@@ -122,9 +130,18 @@ class Space:
         """The highest level of each site."""
         return [len(site.sizes) - 1 for site in self.sites]
 
+    @property
+    def most(self) -> int:
+        """What all sites cost as they are."""
+        return sum(site.costs[-1] for site in self.sites)
+
     def parameters(self, levels: Sequence[int]) -> int:
         """Parameters of all sites together."""
         return sum(site.parameters[level] for site, level in zip(self.sites, levels, strict=True))
+
+    def cost(self, levels: Sequence[int]) -> int:
+        """What all sites together take of the budget."""
+        return sum(site.costs[level] for site, level in zip(self.sites, levels, strict=True))
 
     def genome(self, levels: Sequence[int]) -> Genome:
         """The genome with the sites on these levels, on the budget or not."""
@@ -148,7 +165,7 @@ class Space:
         turns = range(len(self.sites)) if order is None else order
         begin = [min(max(0, level), top) for level, top in zip(wanted, self.tops, strict=True)]
         levels = list(begin)
-        spare = self.budget - self.parameters(levels)
+        spare = self.budget - self.cost(levels)
         for at in self._downwards(levels, turns):
             if spare >= 0:
                 break
@@ -171,9 +188,9 @@ class Space:
                     yield at
 
     def _step(self, at: int, level: int) -> int:
-        """Parameters between a level and the next."""
-        parameters = self.sites[at].parameters
-        return parameters[level + 1] - parameters[level]
+        """What it costs to go from a level to the next."""
+        costs = self.sites[at].costs
+        return costs[level + 1] - costs[level]
 
     def _rises(self, at: int, levels: Sequence[int], spare: int) -> bool:
         return levels[at] + 1 < len(self.sites[at].sizes) and self._step(at, levels[at]) <= spare

@@ -16,6 +16,7 @@ from ..stage import Context
 from ..units import KINDS, Place, places, unit_parameters
 from ..widths import to_remove, widths
 from .genome import Genome, Site, Space
+from .latencies import unit_price
 
 #: The part of a layer that each kind of unit belongs to.
 PARTS = {"ffn": Part.FFN, "heads": Part.ATTENTION}
@@ -34,9 +35,14 @@ def space_of(model: CausalLM, config: WidthsConfig, budget: int, levels: int, *,
     Raises:
         StageError: if the budget leaves nothing to choose.
     """
-    sites = tuple(_site(model, place, config, levels, sub_blocks) for place in places(model, config.of))
+    sites = sites_of(model, config, levels, sub_blocks=sub_blocks)
     rest = model.spec.num_parameters - sum(site.parameters[-1] for site in sites)
     return Space(genome_of(model.spec), sites, budget - rest)
+
+
+def sites_of(model: CausalLM, config: WidthsConfig, levels: int, *, sub_blocks: bool) -> tuple[Site, ...]:
+    """The places of a model that a widths stage narrows, with their levels; see ``space_of``."""
+    return tuple(_site(model, place, config, levels, sub_blocks) for place in places(model, config.of))
 
 
 def genome_of(spec: ModelSpec) -> Genome:
@@ -88,7 +94,8 @@ def pool_of(model: CausalLM, site: Site) -> Pool:
     """A site as the allocations see it; its worth is the caller's to add."""
     sizes = [size for size in site.sizes if size]
     step = sizes[1] - sizes[0] if len(sizes) > 1 else sizes[0]
-    return Pool(site.place[1], site.sizes[-1], unit_parameters(model, site.place), step, sizes[0])
+    price = unit_price(site) if site.nanoseconds else unit_parameters(model, site.place)
+    return Pool(site.place[1], site.sizes[-1], price, step, sizes[0])
 
 
 def _site(model: CausalLM, place: Place, config: WidthsConfig, levels: int, sub_blocks: bool) -> Site:

@@ -154,7 +154,8 @@ def _prompt(task: Task, scores: Mapping[Genome, Score]) -> str:
         "evolve.j2" if past else "initialise.j2",
         layers=len(space.whole.ffn),
         kinds=kinds,
-        share=f"{1 - space.budget / sum(site.parameters[-1] for site in space.sites):.3f}",
+        share=f"{1 - space.budget / space.most:.3f}",
+        budget="time of a step" if any(site.nanoseconds for site in space.sites) else "parameters",
         count=task.offspring,
         past=past,
     )

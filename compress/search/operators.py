@@ -65,7 +65,7 @@ class Task:
 
     def allotted(self, allocation: str, slope: float = 0.0) -> Decoded:
         """The genome nearest to what an allocation of the widths stage gives."""
-        gone = sum(site.parameters[-1] for site in self.space.sites) - self.space.budget
+        gone = self.space.most - self.space.budget
         left = ALLOCATIONS[allocation].allot(self.pools, gone, slope)
         levels = [site.level(units) for site, units in zip(self.space.sites, left, strict=True)]
         return self.space.decode(levels, self.turns)
@@ -181,8 +181,8 @@ def _new(draw: Callable[[], Candidate], count: int, seen: set[Genome]) -> list[C
 
 def _steepest(task: Task) -> float:
     """The slope at which the first layer loses nothing, or the last one everything."""
-    total = sum(pool.parameters * pool.units for pool in task.pools)
-    rate = 1 - task.space.budget / sum(site.parameters[-1] for site in task.space.sites)
-    centre = sum(pool.layer * pool.parameters * pool.units for pool in task.pools) / total
+    total = sum(pool.price * pool.units for pool in task.pools)
+    rate = 1 - task.space.budget / task.space.most
+    centre = sum(pool.layer * pool.price * pool.units for pool in task.pools) / total
     reach = max(abs(pool.layer - centre) for pool in task.pools)
     return min(rate, 1 - rate) / reach if reach else 0.0

@@ -6,17 +6,18 @@ import csv
 import io
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import yaml
 
 from flabc import artifact
-from flabc.compress.config import Target, VocabConfig, WidthsConfig
+from flabc.compress.config import Calibration, Target, VocabConfig, WidthsConfig
+from flabc.compress.search.latencies import Latencies
 from flabc.console import Advance, note, progress
 from flabc.errors import FlabcError, LanguageModelError, UnknownNameError, UsageError, require
 from flabc.frozen import Frozen
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from flabc.compress.search.population import Population
     from flabc.compress.stage import Context
 
+T = TypeVar("T")
+
 #: The files of an output folder.
 JOURNAL, RECIPE, CANDIDATES, SUMMARY = "journal.sqlite", "recipe.yaml", "candidates.csv", "search.json"
 TRANSCRIPT = "transcript.jsonl"
@@ -53,7 +56,8 @@ class Options(Frozen):
     ``sequences`` are the calibration windows that candidates are compared on: all on the first number of them, the
     survivors on the next; ``levels`` the sizes that each place can have; ``evaluate_on`` the corpora of held-out text.
     The operator ``llm`` asks ``llm_model`` at ``llm_url``, or the model in ``llm_folder``, which is run here, or takes
-    its replies from a transcript; when that fails for good, the search ends unless a ``fallback`` goes on.
+    its replies from a transcript; when that fails for good, the search ends unless a ``fallback`` goes on. With
+    ``latencies``, measured where the model will serve, the budget is time instead of parameters.
     """
 
     operator: str = "evolution"
@@ -68,15 +72,19 @@ class Options(Frozen):
     llm_folder: str | None = None
     llm_replay: Path | None = None
     fallback: Literal["evolution"] | None = None
+    latencies: Latencies | None = None
 
 
 class Row(Frozen):
-    """One genome: parameters of the model after the widths stage, and KL to the dense model in nats per token."""
+    """One genome: parameters of the model after the widths stage, and KL to the dense model in nats per token; with a
+    table of latencies, what a step takes by it.
+    """
 
     name: str
     parameters: int
     kl: float
     heldout_kl: float
+    milliseconds: float | None = None
 
 
 class Searched(Frozen):
@@ -101,6 +109,24 @@ class Searched(Frozen):
     uniform: Row
 
 
+class Shared:
+    """What several searches of one model have in common: made once, kept for the next.
+
+    The model and its text, and every place cut to every level, which takes most of a short search's time.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[str, tuple[Any, Any]] = {}
+
+    def once(self, what: str, of: Any, make: Callable[[], T]) -> T:
+        """What was made of the same, or else made now; the last of its kind is kept."""
+        if what not in self._made or self._made[what][0] != of:
+            self._made.pop(what, None)  # not two of them in memory
+            self._made[what] = (of, make())
+        found: T = self._made[what][1]
+        return found
+
+
 def search(
     model: str,
     recipe: str | Path | Recipe,
@@ -113,6 +139,7 @@ def search(
     seed: int = 0,
     resume: bool = False,
     force: bool = False,
+    shared: Shared | None = None,
 ) -> Searched:
     """Find the rates of a recipe's widths stage, and write the recipe that holds them.
 
@@ -124,29 +151,33 @@ def search(
         recipe: a shipped name, a file, or a recipe, with one widths stage.
         output: the folder to write: journal, recipe, every candidate, and a summary.
         options: how.
-        target: the fraction of the parameters to keep, in place of the recipe's target.
+        target: the fraction of the parameters to keep, in place of the recipe's target; with ``options.latencies``
+            the fraction of the dense model's step.
         overrides: changes to the recipe, ``path=value`` each.
         device: a torch device.
         seed: of the operator, and of the calibration text.
         resume: go on with the journal that is there.
         force: replace what is there.
+        shared: what other searches of the model left for this one.
 
     Raises:
         FlabcError: see ``flabc.errors``; what was evaluated is in the journal.
     """
     options = options or Options()
     parsed = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    if target is not None:
+    if options.latencies is not None:
+        parsed = parsed.model_copy(update={"target": None})  # the rates that are found say what goes
+    elif target is not None:
         parsed = parsed.model_copy(update={"target": Target.model_validate({"params": target})})
     require("torch", "compress")
     require("transformers", "compress")
     from flabc.compress.search.journal import Journal
 
     at = _widths_at(parsed)
-    _check(options, parsed)
+    _check(options, parsed, target)
     out = _folder(Path(output), resume=resume, force=force)
     with Journal(out / JOURNAL) as journal, _dialogue(options, journal, seed) as dialogue:
-        return _searched(model, parsed, at, out, options, journal, dialogue, device, seed)
+        return _searched(model, parsed, at, out, options, target, journal, dialogue, device, seed, shared or Shared())
 
 
 def _searched(
@@ -155,23 +186,27 @@ def _searched(
     at: int,
     out: Path,
     options: Options,
+    target: float | None,
     journal: Journal,
     dialogue: Dialogue | None,
     device: str,
     seed: int,
+    shared: Shared,
 ) -> Searched:
-    from flabc.compress import load, pipeline
+    from flabc.compress import pipeline
     from flabc.compress.search import loop
     from flabc.compress.search.fitness import Fitness
     from flabc.compress.search.population import check_apart
     from flabc.compress.search.registry import OPERATORS
 
-    model = load.load(name)
-    context = pipeline.context_of(model, recipe.target, recipe.calibration, device, seed)
-    context = replace(context, heldout=_heldout(context, options))
+    opened = (name, recipe.calibration, device, seed)
+    context = shared.once("model", opened, lambda: _opened(*opened))
+    model = context.dense
+    left = pipeline.parameters_left(recipe.target, model.spec) if recipe.target else None
+    context = replace(context, heldout=_heldout(context, options), target_parameters=left)
     check_apart(context.documents, context.heldout)
-    journal.settle(_settings(model, recipe, options, context))
-    population, task = _prepared(model, recipe, at, options, context)
+    journal.settle(_settings(model, recipe, options, target, context))
+    population, task = _prepared(model, recipe, at, options, target, context, shared)
     task = replace(task, dialogue=dialogue)
     with progress("searching", options.evaluations, covers=True) as advance:
         teller = _Teller(advance)
@@ -196,10 +231,26 @@ def _searched(
     return found
 
 
-def _prepared(model: CausalLM, recipe: Recipe, at: int, options: Options, context: Context) -> tuple[Population, Task]:
+def _opened(name: str, calibration: Calibration, device: str, seed: int) -> Context:
+    """The model and its text, without a target."""
+    from flabc.compress import load, pipeline
+
+    return pipeline.context_of(load.load(name), None, calibration, device, seed)
+
+
+def _prepared(
+    model: CausalLM,
+    recipe: Recipe,
+    at: int,
+    options: Options,
+    target: float | None,
+    context: Context,
+    shared: Shared,
+) -> tuple[Population, Task]:
     """The stages before run, every place cut to every level, and the operator's task."""
     from flabc.compress import pipeline
     from flabc.compress.search import grid
+    from flabc.compress.search.latencies import timed
     from flabc.compress.search.operators import Task
     from flabc.compress.search.population import population_of, with_biases
 
@@ -209,10 +260,24 @@ def _prepared(model: CausalLM, recipe: Recipe, at: int, options: Options, contex
         model, _ = pipeline.run_stages(model, [before], context)
         dense = model if isinstance(before, VocabConfig) else dense
     model = with_biases(model, stage)
-    budget = model.spec.num_parameters - grid.parameters_to_remove(model, stage, context)
-    space = grid.space_of(model, stage, budget, options.levels, sub_blocks=options.sub_blocks)
-    note(f"cutting {len(space.sites)} places to up to {max(space.tops)} sizes each")
-    population = population_of(dense, model, space, stage, context)
+    if options.latencies is not None:
+        assert target is not None, "it was checked"
+        sites = grid.sites_of(model, stage, options.levels, sub_blocks=options.sub_blocks)
+        whole, at_first = grid.genome_of(model.spec), grid.genome_of(context.dense.spec)
+        space = timed(whole, at_first, sites, options.latencies, target)
+    else:
+        budget = model.spec.num_parameters - grid.parameters_to_remove(model, stage, context)
+        space = grid.space_of(model, stage, budget, options.levels, sub_blocks=options.sub_blocks)
+    # The stages before may cut less for a larger target; where they did the same, the places are the same.
+    same = (recipe.stages[:at], model.spec, model.layer_origin, model.token_origin)
+    cut = (space.sites, stage.score, stage.restore, stage.bias)
+
+    def population_at_all_levels() -> Population:
+        note(f"cutting {len(space.sites)} places to up to {max(space.tops)} sizes each")
+        return population_of(dense, model, space, stage, context)
+
+    population = shared.once("population", (same, cut), population_at_all_levels)
+    population = replace(population, space=space, context=context)
     start = grid.genome_at(space.whole, stage.rates) if stage.rates is not None else None
     return population, Task(space, population.pools, context.seed, options.evaluations, options.offspring, start)
 
@@ -249,17 +314,23 @@ def _widths_at(recipe: Recipe) -> int:
     return found[0]
 
 
-def _check(options: Options, recipe: Recipe) -> None:
+def _check(options: Options, recipe: Recipe, target: float | None) -> None:
     """Refuse what cannot be done, before any work.
 
     Raises:
         UnknownNameError: for an unknown operator.
-        UsageError: if the numbers of sequences do not rise, or are more than there are.
+        UsageError: if the numbers of sequences do not rise, or are more than there are, or a budget of time has no
+            target.
     """
     from flabc.compress.search.registry import OPERATORS
 
     if options.operator not in OPERATORS:
         raise UnknownNameError("operator", options.operator, OPERATORS)
+    if options.latencies is not None and target is None:
+        raise UsageError(
+            "A table of latencies says what time is spent on, not how much may be.",
+            fix="Give --target: the fraction of the dense model's step to keep.",
+        )
     whom = [options.llm_replay, options.llm_folder, options.llm_url and options.llm_model]
     if options.operator == "llm" and len([each for each in whom if each is not None]) != 1:
         raise UsageError(
@@ -300,12 +371,15 @@ def _heldout(context: Context, options: Options) -> Sequence[Document]:
     return [document for side in corpus.sides(options.evaluate_on).values() for document in side]
 
 
-def _settings(model: CausalLM, recipe: Recipe, options: Options, context: Context) -> dict[str, Any]:
+def _settings(
+    model: CausalLM, recipe: Recipe, options: Options, target: float | None, context: Context
+) -> dict[str, Any]:
     """All that the values in a journal, and their order, depend on; more evaluations, or a fallback, only go on."""
     from flabc.compress.data import corpus
 
     free = {"evaluations", "evaluate_on", "llm_url", "llm_replay", "fallback"}
-    return {
+    timed = {"of_time": target} if options.latencies is not None else {}
+    return timed | {
         "model": model.source.model_dump(mode="json"),
         "recipe": recipe.model_dump(mode="json", exclude={"name", "description"}),
         "calibration": corpus.fingerprint(context.documents),
@@ -383,6 +457,7 @@ def _rows(
             parameters=rest + space.parameters(space.levels(genome)),
             kl=fitness([genome])[genome].kl,
             heldout_kl=heldout[genome],
+            milliseconds=options.latencies.step_ms(genome) if options.latencies else None,
         )
         for name, genome in zip(names, genomes, strict=True)
     ]

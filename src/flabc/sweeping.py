@@ -14,7 +14,7 @@ from flabc.frozen import Frozen
 from flabc.perf.sweep_plot import write_curves
 from flabc.recipe import Recipe, parse
 from flabc.recipe import load as load_recipe
-from flabc.searching import RECIPE, Options, Searched, search
+from flabc.searching import RECIPE, Options, Searched, Shared, search
 
 #: The files of an output folder, beside a search's folder for each target.
 TABLE, DRAWING = "sweep.csv", "sweep.svg"
@@ -33,6 +33,7 @@ class Point(Frozen):
     uniform_heldout_kl: float
     evaluations: int
     recipe: str
+    milliseconds: float | None = None
 
 
 class Swept(Frozen):
@@ -62,7 +63,7 @@ def sweep(
         model: see ``search``.
         recipe: see ``search``.
         output: the folder to write: a folder of a search for each target, ``sweep.csv`` and ``sweep.svg``.
-        targets: fractions of the parameters to keep.
+        targets: fractions of the parameters to keep, or of a step's time.
         options: how, for each target.
         overrides: changes to the recipe, ``path=value`` each.
         device: a torch device.
@@ -80,11 +81,20 @@ def sweep(
     out, options = Path(output), options or Options()
     artifact.check_free(out, force=force or resume)
     start = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    points = list[Point]()
+    points, shared = list[Point](), Shared()
     for target in sorted(set(targets), reverse=True):
         at = out / str(target)
         found = search(
-            model, start, at, options, target=target, device=device, seed=seed, resume=resume, force=force or resume
+            model,
+            start,
+            at,
+            options,
+            target=target,
+            device=device,
+            seed=seed,
+            resume=resume,
+            force=force or resume,
+            shared=shared,
         )
         points.append(_point(found, target, out))
         start = parse(found.recipe, str(at / RECIPE))  # a smaller model begins where a larger one ended
@@ -103,14 +113,16 @@ def _point(found: Searched, target: float, out: Path) -> Point:
         uniform_heldout_kl=found.uniform.heldout_kl,
         evaluations=found.evaluations,
         recipe=str((found.path / RECIPE).relative_to(out)),
+        milliseconds=found.best.milliseconds,
     )
 
 
 def _write(done: Swept) -> None:
     text = io.StringIO()
-    table = csv.DictWriter(text, list(Point.model_fields), lineterminator="\n")
+    rows = [point.model_dump(exclude_none=True) for point in done.points]
+    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     table.writeheader()
-    table.writerows(point.model_dump() for point in done.points)
+    table.writerows(rows)
     artifact.write_whole(done.path / TABLE, text.getvalue())
     curves: dict[str, Any] = {"uniform": [(point.parameters, point.uniform_heldout_kl) for point in done.points]}
     if done.operator != "uniform":

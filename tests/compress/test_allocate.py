@@ -24,12 +24,12 @@ def pools(draw: st.DrawFn) -> list[Pool]:
 
 
 def parameters(found: list[Pool], left: list[int]) -> int:
-    return sum((pool.units - units) * pool.parameters for pool, units in zip(found, left, strict=True))
+    return sum((pool.units - units) * pool.price for pool, units in zip(found, left, strict=True))
 
 
 @given(found=pools(), share=st.floats(0.05, 0.7), name=st.sampled_from(sorted(ALLOCATIONS)))
 def test_what_is_left_is_aligned_and_never_nothing(found: list[Pool], share: float, name: str) -> None:
-    total = sum(pool.units * pool.parameters for pool in found)
+    total = sum(pool.units * pool.price for pool in found)
     left = ALLOCATIONS[name].allot(found, share * total, 0.03)
     for pool, units in zip(found, left, strict=True):
         assert units == pool.units or units % pool.step == 0
@@ -40,18 +40,18 @@ def test_what_is_left_is_aligned_and_never_nothing(found: list[Pool], share: flo
 def test_one_threshold_removes_what_was_asked_and_less_than_a_step_more(
     found: list[Pool], share: float, name: str
 ) -> None:
-    asked = share * sum(pool.units * pool.parameters for pool in found)
+    asked = share * sum(pool.units * pool.price for pool in found)
     gone = parameters(found, ALLOCATIONS[name].allot(found, asked, 0))
-    most = sum((pool.units - pool.least) * pool.parameters for pool in found)
-    assert min(asked, most - max(pool.step * pool.parameters for pool in found)) <= gone
-    assert gone < asked + max(pool.step * pool.parameters for pool in found)
+    most = sum((pool.units - pool.least) * pool.price for pool in found)
+    assert min(asked, most - max(pool.step * pool.price for pool in found)) <= gone
+    assert gone < asked + max(pool.step * pool.price for pool in found)
 
 
 @given(found=pools(), share=st.floats(0.05, 0.6))
 def test_global_is_a_threshold_on_standardised_worth(found: list[Pool], share: float) -> None:
     """With steps of one unit, no unit that goes is worth more than one that stays (FLAP)."""
-    found = [Pool(p.layer, p.units, p.parameters, 1, 1, p.worth) for p in found]
-    left = ALLOCATIONS["global"].allot(found, share * sum(p.units * p.parameters for p in found), 0)
+    found = [Pool(p.layer, p.units, p.price, 1, 1, p.worth) for p in found]
+    left = ALLOCATIONS["global"].allot(found, share * sum(p.units * p.price for p in found), 0)
     gone, stays = [], []
     for pool, units in zip(found, left, strict=True):
         assert pool.worth is not None

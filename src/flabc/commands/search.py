@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.option(
     "--target",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    help="The fraction of the parameters to keep, in place of the recipe's.",
+    help="The fraction of the parameters to keep, in place of the recipe's; or of a step's time.",
 )
 @click.option(
     "--sweep",
@@ -47,6 +47,11 @@ if TYPE_CHECKING:
     default="2,8",
     show_default=True,
     help="Calibration windows to compare on: all candidates on the first, survivors on more.",
+)
+@click.option(
+    "--latencies",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A table of milliseconds by width, measured where the model will serve: targets are then fractions of time.",
 )
 @click.option("--sub-blocks", is_flag=True, help="Let attention or FFN of a layer go altogether.")
 @click.option("--evaluate-on", multiple=True, help="A corpus to evaluate on, which was not searched on; repeatable.")
@@ -77,6 +82,7 @@ def search(
     resume: bool,
     force: bool,
     as_json: bool,
+    latencies: Path | None,
     **options: Any,
 ) -> None:
     """Find how much each layer of MODEL loses, by trying, and write a recipe that says so.
@@ -93,6 +99,7 @@ def search(
     flabc search smollm2-135m --sweep 0.5:0.9:0.1 -o swept
     """
     from flabc import searching, sweeping
+    from flabc.compress.search.latencies import Latencies
     from flabc.project import Project, find, settle
 
     if target is not None and targets is not None:
@@ -107,18 +114,20 @@ def search(
         "force": force,
     }
     asked = (model, recipe or project.recipe, output)
+    how = searching.Options(**options, latencies=Latencies.read(latencies) if latencies else None)
     if targets is not None:
-        swept = sweeping.sweep(*asked, targets, searching.Options(**options), **shared)
+        swept = sweeping.sweep(*asked, targets, how, **shared)
         emit(as_json, swept, lambda: _show_sweep(swept))
         return
-    found = searching.search(*asked, searching.Options(**options), target=target, **shared)
+    found = searching.search(*asked, how, target=target, **shared)
     emit(as_json, found, lambda: _show(found))
 
 
 def _show(found: Searched) -> None:
     click.echo(f"{'':<12} {'parameters':>12} {'KL':>9} {'held-out KL':>12}")
     for row in (found.uniform, found.best) if found.operator != "uniform" else (found.best,):
-        click.echo(f"{row.name:<12} {row.parameters / 1e6:>10.2f} M {row.kl:>9.4f} {row.heldout_kl:>12.4f}")
+        timed = f" {row.milliseconds:>9.2f} ms" if row.milliseconds is not None else ""
+        click.echo(f"{row.name:<12} {row.parameters / 1e6:>10.2f} M {row.kl:>9.4f} {row.heldout_kl:>12.4f}{timed}")
     if found.asked:
         tokens = f"{found.prompt_tokens:,} + {found.completion_tokens:,} tokens"
         click.echo(f"{found.valid} of {found.asked} answers could be used; {tokens}", err=True)
