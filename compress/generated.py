@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from flabc.console import progress
+from flabc.errors import CorpusError
 
 from .config import Calibration
 from .data.corpus import Document, names_of
@@ -27,8 +28,9 @@ GENERATED = "generated"
 #: The share of a sequence that is given.
 GIVEN = 1 / 4
 
-#: How much longer than a sequence a text becomes: in a smaller vocabulary it has to be long enough, too.
-MARGIN = 1 / 8
+#: How much longer than a sequence a text becomes, and how many more are written than are needed: what was sampled token
+#: by token may be fewer tokens once it is read.
+MARGIN = SPARE = 1 / 8
 
 #: Below 1, so that a text keeps to what the model thinks likely; above 0, so that it does not begin to repeat itself.
 TEMPERATURE = 0.7
@@ -37,9 +39,14 @@ TEMPERATURE = 0.7
 BATCH = 32
 
 
+def needed(calibration: Calibration) -> int:
+    """How many texts are needed: as many as sequences are drawn from any other corpus."""
+    return -(-calibration.sequences // (len(names_of(calibration.corpus)) + 1))
+
+
 def count(calibration: Calibration) -> int:
-    """How many texts are written: as many as sequences are drawn from any other corpus."""
-    return -(-calibration.sequences // (len(names_of(calibration.corpus)) + 1)) if calibration.generated else 0
+    """How many texts are written."""
+    return 1 + round(needed(calibration) * (1 + SPARE))
 
 
 def length(calibration: Calibration) -> int:
@@ -56,7 +63,7 @@ def written(
     dtype: torch.dtype,
     seed: int,
 ) -> list[Document]:
-    """What the model makes of beginnings of other documents, and these: one document each.
+    """What the model makes of beginnings of other documents, and these: one document each, long enough for a sequence.
 
     It never ends a text and never speaks in turns: special tokens are not sampled.
 
@@ -69,7 +76,7 @@ def written(
         seed: what picks the beginnings and the tokens.
 
     Raises:
-        CorpusError: if there are not enough documents.
+        CorpusError: if there are not enough documents, or too few texts become long enough.
     """
     tokenizer = encoder(model.tokenizer)
     given = max(1, round(calibration.sequence_length * GIVEN))
@@ -94,8 +101,18 @@ def written(
             )
             texts += tokenizer.decode_batch(rows.tolist(), skip_special_tokens=True)
             advance(len(part))
-    # A character may be cut in two at the end.
-    return [Document(f"{GENERATED}:{n}", text.rstrip("\ufffd"), GENERATED) for n, text in enumerate(texts)]
+    found = [
+        Document(f"{GENERATED}:{n}", text.rstrip("\ufffd"), GENERATED)  # a character may be cut in two at the end
+        for n, text in enumerate(texts)
+        if len(tokenizer.encode(text, add_special_tokens=False).ids) >= calibration.sequence_length
+    ]
+    if len(found) < needed(calibration):
+        raise CorpusError(
+            f"Of {len(texts)} texts that the model wrote, {len(found)} are as long as a sequence when they are read.",
+            expected=f"{needed(calibration)}",
+            fix="Switch calibration.generated off: this model does not go on from such text as others do.",
+        )
+    return found
 
 
 def _network(model: CausalLM, dtype: torch.dtype) -> Any:

@@ -19,7 +19,7 @@ from flabc.spec import BYTES_PER_PARAMETER, ModelSpec
 
 from .config import Calibration, LayersConfig, RecoverConfig, RestoreConfig, Target, VocabConfig, WidthsConfig
 from .data import corpus
-from .data.corpus import Document
+from .data.corpus import Document, Split
 from .generated import written
 from .layers import LAYERS
 from .model import CausalLM, check_weights
@@ -38,6 +38,9 @@ STAGES: dict[type[Frozen], Stage[Any, Any]] = {
     RestoreConfig: RESTORE,
     RecoverConfig: RECOVER,
 }
+
+#: Documents of each side.
+Text = dict[Split, list[Document]]
 
 #: Held-out windows, and their length in tokens, on which the result is compared with the dense model.
 CHECKED_WINDOWS, CHECKED_LENGTH = 8, 512
@@ -67,6 +70,7 @@ def run(
     device: str = "cpu",
     seed: int = 0,
     scratch: Path | None = None,
+    text: Text | None = None,
 ) -> tuple[CausalLM, list[StageReceipt], dict[str, Any]]:
     """Run the stages in order.
 
@@ -78,6 +82,7 @@ def run(
         device: a torch device.
         seed: picks the calibration sequences.
         scratch: a folder for new tensors, if the model's weights stay on disk.
+        text: what ``text_of`` gave for the same, if it is there already.
 
     Returns:
         the cut model, a receipt for each stage, and how the result does on held-out text.
@@ -85,7 +90,7 @@ def run(
     Raises:
         StageError: if a stage cannot do what it was asked (it is named), or all together miss the target.
     """
-    context = replace(context_of(model, target, calibration, device, seed), scratch=scratch)
+    context = replace(context_of(model, target, calibration, device, seed, text), scratch=scratch)
     dense = model
     model, receipts = run_stages(model, stages, context)
     _check_target(model, context)
@@ -187,7 +192,9 @@ def device_named(name: str) -> torch.device:
     return device
 
 
-def context_of(model: CausalLM, target: Target | None, calibration: Calibration, device: str, seed: int) -> Context:
+def context_of(
+    model: CausalLM, target: Target | None, calibration: Calibration, device: str, seed: int, text: Text | None = None
+) -> Context:
     """What the stages of a recipe may use, beginning with this model.
 
     Raises:
@@ -195,17 +202,29 @@ def context_of(model: CausalLM, target: Target | None, calibration: Calibration,
         CorpusError: if there is not enough text.
     """
     torch.manual_seed(seed)
-    place, text = device_named(device), corpus.sides(calibration.corpus)
-    dtype, documents = compute_dtype(place), text["calibration"]
-    if calibration.generated:
-        documents = [*documents, *written(model, documents, calibration, device=place, dtype=dtype, seed=seed)]
+    place = device_named(device)
+    text = text or text_of(model, calibration, device, seed)
     return Context(
         dense=model,
         calibration=calibration,
-        documents=documents,
+        documents=text["calibration"],
         heldout=text["heldout"],
         target_parameters=parameters_left(target, model.spec) if target else None,
         device=place,
-        dtype=dtype,
+        dtype=compute_dtype(place),
         seed=seed,
     )
+
+
+def text_of(model: CausalLM, calibration: Calibration, device: str, seed: int) -> Text:
+    """The text that a recipe listens to, what the dense model writes among it, and that which is held out.
+
+    Raises:
+        UsageError: if torch cannot compute on the device.
+        CorpusError: if there is not enough.
+    """
+    place, text = device_named(device), corpus.sides(calibration.corpus)
+    if calibration.generated:
+        read, dtype = text["calibration"], compute_dtype(place)
+        text["calibration"] = [*read, *written(model, read, calibration, device=place, dtype=dtype, seed=seed)]
+    return text

@@ -230,6 +230,7 @@ class Table:
 
     def __init__(self, file: Path, work: Path, model: str) -> None:
         self.file, self.work, self.model = file, work, model
+        self.texts: dict[Calibration, pipeline.Text] = {}
         self.cells: dict[str, Any] = json.loads(file.read_text())["cells"] if file.is_file() else {}
 
     def make(self, key: str, method: Method, size: str, wanted: Sequence[str]) -> bool:
@@ -248,7 +249,8 @@ class Table:
             self.cells[key] = cell = {"recipe": recipe.model_dump(mode="json"), "title": method.title}
         shutil.rmtree(made, ignore_errors=True)
         try:
-            cell |= compress(self.model, recipe, made, emitted=method.emitted and size.startswith("all"))
+            emitted = method.emitted and size.startswith("all")
+            cell |= compress(self.model, recipe, made, self.texts, emitted=emitted)
         except FlabcError as error:
             cell["error"] = str(error)
         self.save()
@@ -303,12 +305,22 @@ def recipe_of(key: str, method: Method, dense: ModelSpec, left: int, size: str) 
     return parse({"name": key, **target, "calibration": calibration, "stages": stages}, key)
 
 
-def compress(model: str, recipe: Recipe, folder: Path, *, emitted: bool) -> dict[str, Any]:
-    """Write the compressed model; how long it took without reading and writing, and what is left."""
+def compress(
+    model: str, recipe: Recipe, folder: Path, texts: dict[Calibration, pipeline.Text], *, emitted: bool
+) -> dict[str, Any]:
+    """Write the compressed model; how long it took without reading and writing, and what is left.
+
+    The text is what other cells listened to, if there were any: ``texts`` has it, or gets it.
+    """
     dense = load.load(model)
+    if recipe.calibration not in texts:
+        texts[recipe.calibration] = pipeline.text_of(dense, recipe.calibration, "cpu", 0)
+    text = texts[recipe.calibration]
     started = time.monotonic()
     start = emitted_only(dense, recipe.calibration) if emitted else dense
-    cut, receipts, heard = pipeline.run(start, recipe.stages, target=recipe.target, calibration=recipe.calibration)
+    cut, receipts, heard = pipeline.run(
+        start, recipe.stages, target=recipe.target, calibration=recipe.calibration, text=text
+    )
     seconds = time.monotonic() - started
     write(cut, folder, recipe.model_dump(mode="json"), {"stages": [receipt.as_dict() for receipt in receipts]})
     shape = [layer.model_dump() for layer in cut.spec.layers]

@@ -41,7 +41,7 @@ def test_it_goes_on_from_the_beginnings_of_others(
 ) -> None:
     model = load.load(str(tiny(name)))
     found = write(model, documents)
-    assert len(found) == generated.count(SHORT) == 3
+    assert generated.needed(SHORT) == 3 <= len(found) <= generated.count(SHORT) == 4
     assert {document.corpus for document in found} == {"generated"}
     tokenizer = encoder(model.tokenizer)
     whole = "\n".join(document.text for document in documents)
