@@ -1,5 +1,17 @@
-"""The table of pruning methods: what was not measured and what failed are told apart."""
+"""The table of pruning methods: what was not measured and what failed are told apart; runs go on where they were."""
 
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flabc.compress import pipeline
+from flabc.perf import methods
 from flabc.perf.methods import as_markdown
 
 
@@ -29,3 +41,31 @@ def test_a_row_tells_what_was_measured_and_what_was_not() -> None:
         "| 78% of all | flabc | 384.8 M | 0.024 | 5.00 (+25.0%) | 624 | 82/164 (p = 0.18) |",
         "| 50% of the layers | FLAP | - | - | cannot be reached | - | - |",
     ]
+
+
+def test_cells_are_made_once_and_all_methods_listen_to_one_text(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Any] = []
+
+    def counted(*asked: Any) -> pipeline.Text:
+        read.append(asked)
+        return text_of(*asked)
+
+    text_of = pipeline.text_of
+    few = {"corpus": "python-stdlib", "sequences": 4, "sequence_length": 32}
+    monkeypatch.setattr(methods, "CALIBRATION", few)
+    monkeypatch.setattr(methods, "RESULTS", tmp_path)
+    monkeypatch.setattr(methods, "tasks", lambda size, **_: ())
+    monkeypatch.setattr(pipeline, "text_of", counted)
+    asked = [str(tiny("qwen2-tied")), "--name", "tiny", "--work", str(tmp_path / "work"), "--sizes", "blocks-22"]
+    monkeypatch.setattr(sys, "argv", ["methods.py", *asked, "--methods", "wanda-sp", "ours", "ours-generated"])
+    methods.main()
+    assert [calibration.generated for _, calibration, *_ in read] == [False, True]
+    cells = json.loads((tmp_path / "tiny.methods.json").read_text())["cells"]
+    made = {name: cells[f"blocks-22/{name}"] for name in ("wanda-sp", "ours", "ours-generated")}
+    assert made["wanda-sp"]["calibration"] == made["ours"]["calibration"] != made["ours-generated"]["calibration"]
+    dense = cells["dense"]["parameters"]
+    assert all(cell["parameters"] < dense for cell in made.values())
+    methods.main()
+    assert len(read) == 2  # nothing was left to make
