@@ -11,7 +11,8 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -23,8 +24,10 @@ from click.testing import CliRunner
 from flabc import api, recipe, searching, sweeping
 from flabc.cli import cli
 from flabc.commands.parameters import FRACTIONS
-from flabc.compress.search import population
+from flabc.compress.search import population, spread
+from flabc.compress.search.fitness import Rung
 from flabc.compress.search.latencies import Latencies
+from flabc.compress.search.population import Population
 from flabc.compress.sensitivity import levels_of
 from flabc.errors import ArtifactError, CorpusError, LanguageModelError, UnknownNameError, UsageError
 from flabc.searching import Options, Searched
@@ -274,6 +277,31 @@ def test_a_budget_of_time_is_kept(model: str, wanted: Path, tmp_path: Path) -> N
     cut = api.compress(model, tmp_path / "out" / "recipe.yaml", None).spec
     took = 2.0 + sum(layer.intermediate_size / channels + 5.0 * layer.num_key_value_heads for layer in cut.layers)
     assert took == pytest.approx(found.best.milliseconds, abs=1e-5)
+
+
+def test_workers_find_what_one_process_finds(
+    model: str, wanted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who the workers are, and how they stand in for this process; they themselves are tested over a real Ray."""
+    asked = []
+
+    @contextmanager
+    def here(population: Population, portions: Sequence[Any], workers: spread.Workers) -> Iterator[list[Rung]]:
+        asked.append(workers)
+        each = [population.on(portion) for portion in portions]
+        yield [Rung(portion.weight, portion.kl) for portion in each]
+
+    few = SMALL.model_copy(update={"evaluations": 12})
+    alone = searching.search(model, wanted, tmp_path / "alone", few)
+    monkeypatch.setattr(spread, "rungs", here)
+    spreading = few.model_copy(update={"ray": "auto", "workers": 3})
+    found = searching.search(model, wanted, tmp_path / "spread", spreading)
+    assert asked == [spread.Workers(3, "auto")]
+    assert found.model_dump(exclude={"path"}) == alone.model_dump(exclude={"path"})
+    # A search that was begun by one goes on by many, and the other way round.
+    shutil.copytree(tmp_path / "alone", tmp_path / "on")
+    again = searching.search(model, wanted, tmp_path / "on", spreading, resume=True)
+    assert again.model_dump(exclude={"path"}) == alone.model_dump(exclude={"path"})
 
 
 def test_a_table_of_latencies_needs_a_target(model: str, wanted: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from flabc.artifact import Artifact
+from flabc.cluster import LOCAL, joined
 from flabc.errors import EngineError, require
 from flabc.runtime.backend import Limits
 from flabc.runtime.scheduler import Policy
@@ -43,12 +44,11 @@ class Replicas:
 
     Args:
         count: replicas.
-        address: ``local`` starts a Ray of its own on this machine; ``auto`` or an address joins one that runs, where
-            the engine's folder must lie at the same path on every node.
+        address: see ``cluster.joined``; the engine's folder must lie at the same path on every node.
     """
 
     count: int = 2
-    address: str = "local"
+    address: str = LOCAL
 
 
 def serve(
@@ -80,32 +80,32 @@ def serve(
 
     Raises:
         MissingExtraError: if Ray is not installed.
-        EngineError: if the address cannot be had, the engine cannot be opened, or there is no such cluster.
+        UsageError: if there is no such cluster.
+        EngineError: if the address cannot be had, or the engine cannot be opened.
     """
-    ray: Any = require("ray", "distributed")
     require("ray.serve", "distributed")
     with listen(host, port) as probe:  # told now and in our words, not by a proxy's trace
         port = probe.getsockname()[1]
     limits = replace(limits, threads=limits.threads or max(1, (os.cpu_count() or 1) // replicas.count))
     if Artifact.is_at(folder):
         _ = Artifact.open(folder).model  # damage is told now as well; the replicas run it, and this host may not
-    _join(ray, replicas)
-    told = _Told()  # after Ray, which takes SIGTERM for a crash
-    try:
-        ray.serve.start(http_options={"host": host, "port": port})
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    with joined(replicas.address) as ray:
+        told = _Told()  # after Ray, which takes SIGTERM for a crash
         try:
-            ray.serve.run(
-                _deployment(ray, folder.resolve(), name, limits, policy, access, replicas.count, drain_s),
-                name=APPLICATION,
-            )
-        except RuntimeError as error:  # Ray Serve's word for a deployment that did not come up
-            raise EngineError(f"The replicas did not start: {error}") from error
-        started(port)
-        told.wait()
-        ray.serve.delete(APPLICATION)  # waits for the requests that run
-    finally:
-        ray.serve.shutdown()
-        ray.shutdown()
+            ray.serve.start(http_options={"host": host, "port": port})
+            try:
+                ray.serve.run(
+                    _deployment(ray, folder.resolve(), name, limits, policy, access, replicas.count, drain_s),
+                    name=APPLICATION,
+                )
+            except RuntimeError as error:  # Ray Serve's word for a deployment that did not come up
+                raise EngineError(f"The replicas did not start: {error}") from error
+            started(port)
+            told.wait()
+            ray.serve.delete(APPLICATION)  # waits for the requests that run
+        finally:
+            ray.serve.shutdown()
 
 
 def _deployment(
@@ -138,20 +138,6 @@ def _deployment(
         graceful_shutdown_timeout_s=drain_s,
     )
     return kind(Replica).bind()
-
-
-def _join(ray: Any, replicas: Replicas) -> None:
-    """Start a Ray, or join one."""
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
-    local: dict[str, Any] = {"include_dashboard": False} if replicas.address == "local" else {}
-    try:
-        ray.init(address=replicas.address, log_to_driver=False, logging_level="ERROR", **local)
-    except ConnectionError as error:
-        raise EngineError(
-            f"There is no Ray at {replicas.address!r}: {error}",
-            fix="Start one with ray start --head, or leave the address out.",
-        ) from error
 
 
 class _Told:

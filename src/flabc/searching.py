@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import yaml
+from pydantic import Field
 
 from flabc import artifact
 from flabc.compress.config import Calibration, Target, VocabConfig, WidthsConfig
@@ -57,7 +58,8 @@ class Options(Frozen):
     survivors on the next; ``levels`` the sizes that each place can have; ``evaluate_on`` the corpora of held-out text.
     The operator ``llm`` asks ``llm_model`` at ``llm_url``, or the model in ``llm_folder``, which is run here, or takes
     its replies from a transcript; when that fails for good, the search ends unless a ``fallback`` goes on. With
-    ``latencies``, measured where the model will serve, the budget is time instead of parameters.
+    ``latencies``, measured where the model will serve, the budget is time instead of parameters. ``ray`` is where so
+    many ``workers`` measure candidates, ``local`` or a cluster's address.
     """
 
     operator: str = "evolution"
@@ -73,6 +75,8 @@ class Options(Frozen):
     llm_replay: Path | None = None
     fallback: Literal["evolution"] | None = None
     latencies: Latencies | None = None
+    ray: str | None = None
+    workers: int = Field(2, gt=0)
 
 
 class Row(Frozen):
@@ -208,12 +212,15 @@ def _searched(
     journal.settle(_settings(model, recipe, options, target, context))
     population, task = _prepared(model, recipe, at, options, target, context, shared)
     task = replace(task, dialogue=dialogue)
-    with progress("searching", options.evaluations, covers=True) as advance:
+    with (
+        _rungs(population, options) as rungs,
+        progress("searching", options.evaluations, covers=True) as advance,
+    ):
         teller = _Teller(advance)
-        fitness = Fitness(_rungs(population, options), journal, teller.measured)
+        fitness = Fitness(rungs, journal, teller.measured)
         best = loop.search(OPERATORS[options.operator], task, fitness, teller.better)
-    genomes = (best.genome, task.allotted("uniform").genome)
-    found_row, uniform_row = _rows((options.operator, "uniform"), genomes, population, fitness, options)
+        genomes = (best.genome, task.allotted("uniform").genome)
+        found_row, uniform_row = _rows((options.operator, "uniform"), genomes, population, fitness, options)
     found = Searched(
         path=out,
         recipe=_recipe_with(recipe, at, population, best.genome, options, seed),
@@ -377,7 +384,7 @@ def _settings(
     """All that the values in a journal, and their order, depend on; more evaluations, or a fallback, only go on."""
     from flabc.compress.data import corpus
 
-    free = {"evaluations", "evaluate_on", "llm_url", "llm_replay", "fallback"}
+    free = {"evaluations", "evaluate_on", "llm_url", "llm_replay", "fallback", "ray", "workers"}
     timed = {"of_time": target} if options.latencies is not None else {}
     return timed | {
         "model": model.source.model_dump(mode="json"),
@@ -431,13 +438,20 @@ def _here(folder: Path, journal: Journal, seed: int) -> Client:
     return ask
 
 
-def _rungs(population: Population, options: Options) -> list[Rung]:
-    """The calibration windows in the portions in which candidates see them."""
+@contextmanager
+def _rungs(population: Population, options: Options) -> Iterator[list[Rung]]:
+    """The calibration windows in the portions in which candidates see them, here or by workers."""
+    from flabc.compress.search import spread
     from flabc.compress.search.fitness import Rung
 
     tokens = population.context.tokens(population.model)
-    portions = [population.on(tokens[begin:end]) for begin, end in pairwise((0, *options.sequences))]
-    return [Rung(portion.weight, portion.kl) for portion in portions]
+    portions = [tokens[begin:end] for begin, end in pairwise((0, *options.sequences))]
+    if options.ray is None:
+        here = [population.on(portion) for portion in portions]
+        yield [Rung(each.weight, each.kl) for each in here]
+    else:
+        with spread.rungs(population, portions, spread.Workers(options.workers, options.ray)) as rungs:
+            yield rungs
 
 
 def _rows(

@@ -67,6 +67,8 @@ if TYPE_CHECKING:
     "--fallback", type=click.Choice(["evolution"]), help="Who goes on when the language model fails for good."
 )
 @click.option("--device", default="cpu", show_default=True, help="A torch device.")
+@click.option("--ray", metavar="ADDRESS", help="Measure by workers over Ray: local, auto, or a cluster's address.")
+@click.option("--workers", type=AT_LEAST_ONE, default=2, show_default=True, help="With --ray: how many.")
 @click.option("--resume", is_flag=True, help="Go on with the journal in the output folder.")
 @FORCE
 @json_option
