@@ -10,6 +10,7 @@ blocks, and what operators take in each other's company, is in the measurement a
 from __future__ import annotations
 
 import argparse
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from flabc.compress import load
 from flabc.compress.data import corpus
 from flabc.compress.model import CausalLM, cut_channels, cut_heads, cut_sub_blocks
 from flabc.compress.search.latencies import Latencies
+from flabc.errors import UsageError
 from flabc.perf.methods import write
 from flabc.runtime.measure.environment import environment
 from flabc.runtime.measure.race import race
@@ -44,6 +46,10 @@ def main() -> None:
     asked = parser.parse_args()
     artifact.check_free(asked.output, force=False)
     model = load.load(asked.model, tie=asked.tie)
+    if len(model.spec.layers) < 2:
+        raise UsageError(
+            "A layer's time is told from the model's with the others narrowed.", expected="several layers", found="one"
+        )
     workload = Workload(
         prompt_tokens=asked.prompt_tokens,
         output_tokens=asked.output_tokens,
@@ -80,6 +86,7 @@ def time_steps(
         checkpoint, engine = work / f"model-{number}", work / f"engine-{number}"
         write(model if narrowed is None else narrow(model, *narrowed), checkpoint)
         api.export(checkpoint, engine, precision=precision)
+        shutil.rmtree(checkpoint)  # of each size one would be a disk full
         engines.append(engine)
     texts = corpus.prompts("python-stdlib", workload.prompt_tokens, 8)
     samples = race(engines, workload, texts)

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from flabc.compress import load
+from flabc.compress.model import cut_layers
 from flabc.compress.search.grid import genome_of
 from flabc.compress.search.latencies import Latencies
-from flabc.errors import ArtifactError
+from flabc.errors import ArtifactError, UsageError
 from flabc.perf import block_latencies
+from flabc.perf.methods import write
 
 
 def test_what_each_block_takes_is_found_from_the_times_of_whole_steps(tiny: Callable[[str], Path]) -> None:
@@ -62,4 +64,14 @@ def test_a_table_is_measured(
     assert "a step takes" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [out]  # the engines are gone
     with pytest.raises(ArtifactError):
+        block_latencies.main()
+
+
+def test_a_model_of_one_layer_is_refused(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = tmp_path / "one"
+    write(cut_layers(load.load(str(tiny("llama-tied"))), [0]), one)
+    monkeypatch.setattr(sys, "argv", ["block_latencies.py", str(one), "-o", str(tmp_path / "latencies.json")])
+    with pytest.raises(UsageError, match=r"several layers.*Found: one"):
         block_latencies.main()
