@@ -27,7 +27,6 @@ HELDOUT_ONE_IN = 5
 #: Characters of a corpus that ``load`` holds at most: calibration takes windows of a sample.
 HELD_CHARACTERS = 64_000_000
 
-
 #: Characters per token that a text must have to be sure to fill a prompt.
 CHARACTERS_PER_TOKEN = 12
 

@@ -205,4 +205,5 @@ def imported(nodes: Iterable[ast.AST]) -> set[str]:
             found.add(node.module or "")
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-    return {name for name in found if name.split(".")[0] not in sys.stdlib_module_names}
+    with_python = {*sys.stdlib_module_names, "__main__"}
+    return {name for name in found if name.split(".")[0] not in with_python}

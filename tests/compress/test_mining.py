@@ -17,7 +17,7 @@ from flabc.compress.data.mining import Task, mine, split_of
 from flabc.compress.data.overlap import Benchmark, distinct
 from flabc.compress.data.package_tests import OwnTests, own_tests, top_packages
 from flabc.compress.data.projects import Project, projects
-from flabc.compress.data.syntax import Home
+from flabc.compress.data.syntax import Home, imported
 from flabc.errors import CorpusError, UnknownNameError
 
 MODULE = '''
@@ -300,3 +300,8 @@ def test_what_humaneval_has_is_known() -> None:
     known = Benchmark(problems)
     assert all(known.knows(f"# copied\n{text}") for text in problems)
     assert not known.knows(json.dumps(MODULE))
+
+
+def test_what_comes_with_python_is_not_called_foreign() -> None:
+    code = ast.parse("import __main__, json, numpy.linalg\nfrom os import path\nfrom nowhere.at import all\n")
+    assert imported([code]) == {"numpy.linalg", "nowhere.at"}
