@@ -43,28 +43,28 @@ class Pool:
 Pools = Sequence[Pool]
 
 
-def uniform(pools: Pools, parameters: float, _: float) -> list[int]:
+def uniform(pools: Pools, amount: float, _: float) -> list[int]:
     """The same share of every pool."""
-    share = parameters / sum(pool.price * pool.units for pool in pools)
+    share = amount / sum(pool.price * pool.units for pool in pools)
     return [pool.aligned(pool.units * (1 - share)) for pool in pools]
 
 
-def ramp(pools: Pools, parameters: float, slope: float) -> list[int]:
+def ramp(pools: Pools, amount: float, slope: float) -> list[int]:
     """Rates in arithmetic progression over the layers, each deeper one more by ``slope``. ATP (Huang et al., 2025)."""
     total = sum(pool.price * pool.units for pool in pools)
     centre = sum(pool.layer * pool.price * pool.units for pool in pools) / total
-    rates = [parameters / total + slope * (pool.layer - centre) for pool in pools]
+    rates = [amount / total + slope * (pool.layer - centre) for pool in pools]
     return [pool.aligned(pool.units * (1 - min(1.0, max(0.0, rate)))) for pool, rate in zip(pools, rates, strict=True)]
 
 
-def standardised(pools: Pools, parameters: float, _: float) -> list[int]:
+def standardised(pools: Pools, amount: float, _: float) -> list[int]:
     """One threshold across layers and kinds for worth standardised within each pool. FLAP (An et al., 2023)."""
-    return _cheapest([_standardised(_ranked(pool)) for pool in pools], pools, parameters)
+    return _cheapest([_standardised(_ranked(pool)) for pool in pools], pools, amount)
 
 
-def marginal(pools: Pools, parameters: float, _: float) -> list[int]:
-    """One threshold across layers and kinds for worth per parameter; for scores that are costs of the whole model."""
-    return _cheapest([_ranked(pool) / pool.price for pool in pools], pools, parameters)
+def marginal(pools: Pools, amount: float, _: float) -> list[int]:
+    """One threshold across layers and kinds for worth by price; for scores that are costs of the whole model."""
+    return _cheapest([_ranked(pool) / pool.price for pool in pools], pools, amount)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ class Allocation:
     """How to allot.
 
     Args:
-        allot: from pools, the parameters to remove and the recipe's ``slope`` to the units that each pool keeps.
+        allot: from pools, what has to go, in the unit of their prices, and the recipe's ``slope`` to the units that
+            each pool keeps.
         ranks: whether it needs to know what each unit is worth.
         measured: whether that is measured on the whole model, as KL (see ``sensitivity``), instead of by the score.
     """
@@ -101,15 +102,15 @@ def _standardised(worth: Tensor) -> Tensor:
     return (worth - worth.mean()) / worth.std().clamp(min=1e-300)
 
 
-def _cheapest(worth: Sequence[Tensor], pools: Pools, parameters: float) -> list[int]:
-    """Remove steps of units, the least worth first whatever their pool, until the parameters are gone."""
+def _cheapest(worth: Sequence[Tensor], pools: Pools, amount: float) -> list[int]:
+    """Remove steps of units, the least worth first whatever their pool, until so much is gone."""
     steps = sorted((price, at, units) for at, pool in enumerate(pools) for price, units in _steps(worth[at], pool))
     left = [pool.units for pool in pools]
     for _, at, units in steps:
-        if parameters <= 0:
+        if amount <= 0:
             break
         left[at] -= units
-        parameters -= units * pools[at].price
+        amount -= units * pools[at].price
     return left
 
 

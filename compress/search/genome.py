@@ -113,10 +113,9 @@ class Space:
         rises = [site.costs[1] - site.costs[0] for site in self.sites if len(site.sizes) > 1]
         rise = min(rises, default=0)
         if not rises or not least + rise <= self.budget < self.most:
-            unit = "nanoseconds" if any(site.nanoseconds for site in self.sites) else "parameters"
             raise StageError(
                 "There is nothing to search: the target is outside what narrowing can reach.",
-                expected=f"from {least + rise:,} to {self.most - 1:,} {unit} in what is narrowed",
+                expected=f"from {least + rise:,} to {self.most - 1:,} {self.unit} in what is narrowed",
                 found=f"{self.budget:,}",
                 fix="Change the target, narrow more kinds ('of'), or let other stages cut less.",
             )
@@ -129,6 +128,11 @@ class Space:
     def tops(self) -> list[int]:
         """The highest level of each site."""
         return [len(site.sizes) - 1 for site in self.sites]
+
+    @property
+    def unit(self) -> str:
+        """What the budget is counted in."""
+        return "nanoseconds" if any(site.nanoseconds for site in self.sites) else "parameters"
 
     @property
     def most(self) -> int:

@@ -155,7 +155,7 @@ def _prompt(task: Task, scores: Mapping[Genome, Score]) -> str:
         layers=len(space.whole.ffn),
         kinds=kinds,
         share=f"{1 - space.budget / space.most:.3f}",
-        budget="time of a step" if any(site.nanoseconds for site in space.sites) else "parameters",
+        unit=space.unit,
         count=task.offspring,
         past=past,
     )

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from flabc.cluster import LOCAL, joined
-from flabc.errors import FlabcError, StageError
+from flabc.errors import StageError
 
 from .fitness import Rung
 from .genome import Genome
@@ -107,6 +107,4 @@ def _measure(ray: Any, team: Sequence[Any], at: int, genomes: Sequence[Genome]) 
             f"A worker of the search died {RESTARTS + 1} times: {error}",
             fix="What was measured is in the journal: see to the machine, and go on with --resume.",
         ) from error
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause if isinstance(error.cause, FlabcError) else error from None
     return {genome: cost for each in found for genome, cost in each.items()}
