@@ -1,8 +1,8 @@
 """Text that the dense model writes itself, to listen to beside the text of others.
 
-A served model mostly reads its own words: behind a short prompt every token is one that it chose. A model that is
-refitted on the words of others follows the dense one there, and much less where it goes on by itself. Calibrating on a
-model's own text is self-calibration (Williams, Chrysostomou and Aletras, 2024), there for quantisation and sparsity.
+A served model mostly reads its own words: behind a short prompt every token is one that it chose. So a fit should hear
+them as well. Calibrating on a model's own text is self-calibration (Williams, Chrysostomou and Aletras, 2024), there
+for quantisation and sparsity.
 """
 
 from __future__ import annotations
