@@ -277,6 +277,8 @@ def test_a_budget_of_time_is_kept(model: str, wanted: Path, tmp_path: Path) -> N
     cut = api.compress(model, tmp_path / "out" / "recipe.yaml", None).spec
     took = 2.0 + sum(layer.intermediate_size / channels + 5.0 * layer.num_key_value_heads for layer in cut.layers)
     assert took == pytest.approx(found.best.milliseconds, abs=1e-5)
+    again = CliRunner().invoke(cli, [*asked[:-1], *few, "-o", str(tmp_path / "out"), "--resume"])
+    assert f"{found.best.milliseconds:.2f} ms" in again.stdout
 
 
 def test_workers_find_what_one_process_finds(

@@ -22,7 +22,8 @@ TABLE, DRAWING = "sweep.csv", "sweep.svg"
 
 class Point(Frozen):
     """What was found for one target: parameters of the model, KL to the dense one in nats per token, and the same of
-    the even rate; ``recipe`` is where the rates are, below the sweep's folder.
+    the even rate; ``recipe`` is where the rates are, below the sweep's folder; with a table of latencies, what a step
+    takes by it.
     """
 
     target: float

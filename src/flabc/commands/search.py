@@ -128,17 +128,23 @@ def search(
 def _show(found: Searched) -> None:
     click.echo(f"{'':<12} {'parameters':>12} {'KL':>9} {'held-out KL':>12}")
     for row in (found.uniform, found.best) if found.operator != "uniform" else (found.best,):
-        timed = f" {row.milliseconds:>9.2f} ms" if row.milliseconds is not None else ""
-        click.echo(f"{row.name:<12} {row.parameters / 1e6:>10.2f} M {row.kl:>9.4f} {row.heldout_kl:>12.4f}{timed}")
+        size = f"{row.parameters / 1e6:>10.2f} M"
+        click.echo(f"{row.name:<12} {size} {row.kl:>9.4f} {row.heldout_kl:>12.4f}{_timed(row.milliseconds)}")
     if found.asked:
         tokens = f"{found.prompt_tokens:,} + {found.completion_tokens:,} tokens"
         click.echo(f"{found.valid} of {found.asked} answers could be used; {tokens}", err=True)
     click.echo(f"{found.evaluations} evaluations; wrote {found.path / 'recipe.yaml'}", err=True)
 
 
+def _timed(milliseconds: float | None) -> str:
+    """A step's time, where a table of latencies tells it."""
+    return "" if milliseconds is None else f" {milliseconds:>9.2f} ms"
+
+
 def _show_sweep(swept: Swept) -> None:
     click.echo(f"{'target':>6} {'parameters':>12} {'held-out KL':>12} {'uniform':>9}")
     for point in swept.points:
         size = f"{point.parameters / 1e6:>10.2f} M"
-        click.echo(f"{point.target:>6.0%} {size} {point.heldout_kl:>12.4f} {point.uniform_heldout_kl:>9.4f}")
+        timed = _timed(point.milliseconds)
+        click.echo(f"{point.target:>6.0%} {size} {point.heldout_kl:>12.4f} {point.uniform_heldout_kl:>9.4f}{timed}")
     click.echo(f"wrote {swept.path / 'sweep.csv'}, sweep.svg, and a recipe for each", err=True)
