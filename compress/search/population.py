@@ -54,6 +54,11 @@ class Population:
         sites = self.space.sites
         return [replace(pool_of(self.model, site), worth=self.worth[site.place]) for site in sites]
 
+    def parameters(self, genome: Genome) -> int:
+        """Of the whole model that a genome leaves."""
+        space = self.space
+        return self.model.spec.num_parameters - space.parameters(space.tops) + space.parameters(space.levels(genome))
+
     def decision(self, genome: Genome, layer: int) -> Decision:
         """What a genome leaves of a layer."""
         left = {kind: genome.units((kind, layer)) for kind in ("ffn", "heads")}
