@@ -48,8 +48,8 @@ PROMPTS, CHARACTERS, TOKENS = 128, 800, 128
 #: Windows that a narrowed model is fitted on; few, since the order of cuts is asked for and not the best of each.
 SEQUENCES = 32
 
-#: Splits are looked for among multiples of this many rows.
-STEP = 1024
+#: Splits are looked for among multiples of this many rows: fine enough that rows alone may hit a size.
+STEP = 64
 
 
 def main() -> None:
