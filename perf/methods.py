@@ -14,7 +14,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ class Method:
         emitted: cut the vocabulary first to the tokens that the corpus emits, whatever they are derived from.
         target: whether the stages are told the target; else they count for themselves.
         generated: listen to as much of the dense model's own text as of each corpus, beside these.
+        sizes: at which it is made.
     """
 
     title: str
@@ -73,6 +74,7 @@ class Method:
     emitted: bool = False
     target: bool = True
     generated: bool = False
+    sizes: Collection[str] = tuple(TARGETS)
 
 
 def layers_to_go(spec: ModelSpec, parameters: int, share: float = 1.0) -> int:
@@ -125,6 +127,12 @@ def ours(*, restore: bool, allocation: str = "uniform") -> Callable[[ModelSpec, 
     return stages
 
 
+def vocabulary_alone(spec: ModelSpec, parameters: int, _: int | None) -> Stages:
+    """Every layer as it was: rows alone make up for the whole cut."""
+    rows = spec.vocab_size - math.ceil((spec.num_parameters - parameters) / spec.hidden_size)
+    return [{"stage": "vocab", "corpus": VOCABULARY, "max_size": rows}]
+
+
 METHODS = {
     "flab-pruner": Method("Flab-Pruner as its code ships", flab_pruner, emitted=True),
     "shortgpt": Method("ShortGPT", shortgpt, target=False),
@@ -133,6 +141,7 @@ METHODS = {
     "ours-unrestored": Method("flabc without restoration", ours(restore=False)),
     "ours": Method("flabc", ours(restore=True)),
     "ours-kl": Method("flabc, rates by KL", ours(restore=True, allocation="kl")),
+    "ours-rows": Method("flabc, vocabulary alone", vocabulary_alone, sizes=("all-22",)),
     "ours-generated": Method("flabc, on the model's own text too", ours(restore=True), generated=True),
 }
 
@@ -210,7 +219,7 @@ def main() -> None:
     table = Table(RESULTS / f"{asked.name}.methods.json", asked.work, str(dense))
     table.measure(DENSE, str(dense), tasks(DENSE, written=not asked.skip_written))
     for size in asked.sizes:
-        for name in asked.methods:
+        for name in [name for name in asked.methods if size in METHODS[name].sizes]:
             key = f"{size}/{name}"
             wanted = tasks(size, written=not asked.skip_written)
             if table.make(key, METHODS[name], size, wanted):

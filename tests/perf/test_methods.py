@@ -13,6 +13,7 @@ import pytest
 from flabc.compress import pipeline
 from flabc.perf import methods
 from flabc.perf.methods import as_markdown
+from flabc.runtime.measure.shapes import shape_named
 
 
 def row(value: float, base: float | None = None, p_value: float | None = None) -> dict[str, object]:
@@ -59,13 +60,24 @@ def test_cells_are_made_once_and_all_methods_listen_to_one_text(
     monkeypatch.setattr(methods, "tasks", lambda size, **_: ())
     monkeypatch.setattr(pipeline, "text_of", counted)
     asked = [str(tiny("qwen2-tied")), "--name", "tiny", "--work", str(tmp_path / "work"), "--sizes", "blocks-22"]
-    monkeypatch.setattr(sys, "argv", ["methods.py", *asked, "--methods", "wanda-sp", "ours", "ours-generated"])
+    monkeypatch.setattr(
+        sys, "argv", ["methods.py", *asked, "--methods", "wanda-sp", "ours", "ours-generated", "ours-rows"]
+    )
     methods.main()
     assert [calibration.generated for _, calibration, *_ in read] == [False, True]
     cells = json.loads((tmp_path / "tiny.methods.json").read_text())["cells"]
+    assert "blocks-22/ours-rows" not in cells  # not one of its sizes
     made = {name: cells[f"blocks-22/{name}"] for name in ("wanda-sp", "ours", "ours-generated")}
     assert made["wanda-sp"]["calibration"] == made["ours"]["calibration"] != made["ours-generated"]["calibration"]
     dense = cells["dense"]["parameters"]
     assert all(cell["parameters"] < dense for cell in made.values())
     methods.main()
     assert len(read) == 2  # nothing was left to make
+
+
+def test_rows_alone_are_as_many_as_the_size_leaves() -> None:
+    dense = shape_named("qwen2.5-coder-0.5b")
+    left = round(0.78 * dense.num_parameters)
+    (stage,) = methods.vocabulary_alone(dense, left, None)
+    whole, more = (dense.model_copy(update={"vocab_size": stage["max_size"] + n}) for n in (0, 1))
+    assert whole.num_parameters <= left < more.num_parameters
