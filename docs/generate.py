@@ -12,7 +12,7 @@ from statistics import median
 import click
 
 from flabc.cli import cli
-from flabc.perf import evaluation, figures, methods, mined_samples, peer_table, table
+from flabc.perf import axes, evaluation, figures, methods, mined_samples, peer_table, table
 from flabc.perf.comparison import EvalRow
 from flabc.perf.evaluation import EvalResult
 from flabc.perf.peer_table import PeersResult
@@ -95,7 +95,8 @@ def readme() -> str:
     text = between(text, "results", f"{table.as_markdown(table.rows(result))}\n\n{where}")
     text = between(between(text, "quality", quality()), "parity", parity())
     text = between(text, "peers", peers())
-    return between(between(text, "methods", against_each_other()), "speed", speed_of_compressing())
+    text = between(between(text, "axes", where_to_cut()), "methods", against_each_other())
+    return between(text, "speed", speed_of_compressing())
 
 
 def mined_tasks() -> str:
@@ -132,6 +133,11 @@ def against_each_other() -> str:
     """Pruning methods on the real code model, as far as they have been measured."""
     file = RESULTS / f"{PARITY}.methods.json"
     return methods.as_markdown(json.loads(file.read_text(encoding="utf-8"))["cells"])
+
+
+def where_to_cut() -> str:
+    """What rows and channels of the real code model cost."""
+    return axes.as_markdown(json.loads((RESULTS / f"{PARITY}.axes.json").read_text(encoding="utf-8")))
 
 
 def parity() -> str:

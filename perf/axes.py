@@ -144,6 +144,16 @@ def prompts_of(sources: Sequence[str]) -> list[str]:
     return [fitting[at] for at in np.random.default_rng(0).permutation(len(fitting))[:PROMPTS]]
 
 
+def as_markdown(result: dict[str, Any]) -> str:
+    """What each cut costs."""
+    lines = ["| cut | parameters gone | nats per answer |", "| :--- | ---: | ---: |"]
+    for key, cost in result["costs"].items():
+        kind, _, size = key.partition("-")
+        what = f"to {int(size):,} rows of vocabulary" if kind == "rows" else f"{float(size):.0%} of every FFN"
+        lines.append(f"| {what} | {cost['parameters_gone'] / 1e6:.1f} M | +{cost['nats']:.2f} |")
+    return "\n".join(lines)
+
+
 def rows_for(spec: ModelSpec, parameters: int, costs: dict[str, Any]) -> int:
     """How many rows to keep of a model that is to have so many parameters, the rest to go from its FFNs."""
     by_rows, by_channels = (_curve(costs, kind) for kind in ("rows", "channels"))

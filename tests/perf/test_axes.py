@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from flabc.perf import axes
+from flabc.perf import axes, methods
 from flabc.runtime.measure.shapes import shape_named
 
 PACKAGE = '''def double(number):
@@ -86,3 +86,13 @@ def test_the_cheaper_axis_gives_all_that_it_can(rows: float, channels: float, ke
     costs = {f"rows-{n}": {"parameters_gone": n, "nats": rows * n / 1e6} for n in gone}
     costs |= {f"channels-{n}": {"parameters_gone": n, "nats": channels * n / 1e6} for n in gone}
     assert axes.rows_for(spec, round(0.65 * spec.num_parameters), costs) == kept
+
+
+@pytest.mark.parametrize("size", ["all-22", "all-35"])
+def test_the_methods_keep_the_rows_that_were_measured_to_be_best(size: str) -> None:
+    dense = shape_named("qwen2.5-coder-0.5b")
+    costs = json.loads((Path(methods.__file__).parent / "results" / "qwen2.5-coder-0.5b.axes.json").read_text())[
+        "costs"
+    ]
+    left = round(methods.TARGETS[size]["params"] * dense.num_parameters)
+    assert methods.ROWS[size] == axes.rows_for(dense, left, costs)
