@@ -93,7 +93,7 @@ def run(
     context = replace(context_of(model, target, calibration, device, seed, text), scratch=scratch)
     dense = model
     model, receipts = run_stages(model, stages, context)
-    _check_target(model, context)
+    check_target(model, context)
     quality = {
         "calibration": corpus.fingerprint(context.documents),
         "heldout": corpus.fingerprint(context.heldout),
@@ -166,7 +166,12 @@ def parameters_left(target: Target, spec: ModelSpec) -> int:
     return round(total * amount) if amount < 1 else int(amount)
 
 
-def _check_target(model: CausalLM, context: Context) -> None:
+def check_target(model: CausalLM, context: Context) -> None:
+    """Refuse a model that is larger than it was to be.
+
+    Raises:
+        StageError: which says the nearest target that its stages reach.
+    """
     wanted, found = context.target_parameters, model.spec.num_parameters
     if wanted is not None and found > wanted:
         nearest = found / context.dense.spec.num_parameters

@@ -28,7 +28,8 @@ from flabc.compress.data import mining
 from flabc.compress.data.mining import Task
 from flabc.compress.data.projects import projects
 from flabc.compress.model import CausalLM
-from flabc.perf.methods import CALIBRATION, RESULTS, VOCABULARY, write
+from flabc.perf.making import write
+from flabc.perf.methods import CALIBRATION, RESULTS, VOCABULARY
 from flabc.recipe import parse
 from flabc.runtime.evaluate.perplexity import score_text
 from flabc.runtime.evaluate.subject import Local

@@ -22,7 +22,7 @@ from flabc.compress.data import corpus
 from flabc.compress.model import CausalLM, cut_channels, cut_heads, cut_sub_blocks
 from flabc.compress.search.latencies import Latencies
 from flabc.errors import UsageError
-from flabc.perf.methods import write
+from flabc.perf.making import write
 from flabc.runtime.measure.environment import environment
 from flabc.runtime.measure.race import race
 from flabc.runtime.measure.result import Workload

@@ -13,20 +13,17 @@ import argparse
 import json
 import math
 import shutil
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flabc import api, artifact
-from flabc.compress import checkpoint, load, pipeline, vocab
-from flabc.compress.config import Calibration, Target
-from flabc.compress.data import corpus
-from flabc.compress.model import CausalLM
-from flabc.compress.stage import encoder
+from flabc.compress import load, pipeline
+from flabc.compress.config import Target
 from flabc.errors import FlabcError
 from flabc.perf import comparison, evaluation
+from flabc.perf.making import Maker, write
 from flabc.recipe import Recipe, parse
 from flabc.runtime.evaluate.task import EvalOptions
 from flabc.runtime.measure.environment import environment
@@ -239,7 +236,7 @@ class Table:
 
     def __init__(self, file: Path, work: Path, model: str) -> None:
         self.file, self.work, self.model = file, work, model
-        self.texts: dict[Calibration, pipeline.Text] = {}
+        self.maker = Maker(model)
         self.cells: dict[str, Any] = json.loads(file.read_text())["cells"] if file.is_file() else {}
 
     def make(self, key: str, method: Method, size: str, wanted: Sequence[str]) -> bool:
@@ -258,8 +255,7 @@ class Table:
             self.cells[key] = cell = {"recipe": recipe.model_dump(mode="json"), "title": method.title}
         shutil.rmtree(made, ignore_errors=True)
         try:
-            emitted = method.emitted and size.startswith("all")
-            cell |= compress(self.model, recipe, made, self.texts, emitted=emitted)
+            cell |= self.maker.make(recipe, made, emitted=method.emitted and size.startswith("all"))
         except FlabcError as error:
             cell["error"] = str(error)
         self.save()
@@ -312,54 +308,6 @@ def recipe_of(key: str, method: Method, dense: ModelSpec, left: int, size: str) 
     target = {"target": {"params": left}} if method.target else {}
     calibration = {**CALIBRATION, "generated": method.generated}
     return parse({"name": key, **target, "calibration": calibration, "stages": stages}, key)
-
-
-def compress(
-    model: str, recipe: Recipe, folder: Path, texts: dict[Calibration, pipeline.Text], *, emitted: bool
-) -> dict[str, Any]:
-    """Write the compressed model; how long it took without reading and writing, and what is left.
-
-    The text is what other cells listened to, if there were any: ``texts`` has it, or gets it.
-    """
-    dense = load.load(model)
-    if recipe.calibration not in texts:
-        texts[recipe.calibration] = pipeline.text_of(dense, recipe.calibration, "cpu", 0)
-    text = texts[recipe.calibration]
-    started = time.monotonic()
-    start = emitted_only(dense, recipe.calibration) if emitted else dense
-    cut, receipts, heard = pipeline.run(
-        start, recipe.stages, target=recipe.target, calibration=recipe.calibration, text=text
-    )
-    seconds = time.monotonic() - started
-    write(cut, folder, recipe.model_dump(mode="json"), {"stages": [receipt.as_dict() for receipt in receipts]})
-    shape = [layer.model_dump() for layer in cut.spec.layers]
-    return {
-        "parameters": cut.spec.num_parameters,
-        "vocab_size": cut.spec.vocab_size,
-        "layers": shape if len({json.dumps(layer) for layer in shape}) > 1 else [len(shape), shape[0]],
-        "seconds": round(seconds, 1),
-        "cpu": environment()["cpu"],
-        "calibration": heard["calibration"],  # installed packages change
-        "stages": [receipt.summary for receipt in receipts],
-    }
-
-
-def write(model: CausalLM, folder: Path, recipe: Any = None, receipts: Any = None) -> None:
-    """A checkpoint folder."""
-    with artifact.create(folder, "checkpoint", force=False) as draft:
-        checkpoint.write(model, draft.path)
-        draft.spec, draft.recipe, draft.source, draft.seed = model.spec, recipe, model.source, 0
-        draft.receipts = receipts or {}
-
-
-def emitted_only(model: CausalLM, calibration: Calibration) -> CausalLM:
-    """The vocabulary cut to the tokens that text gives and the added ones, as Flab-Pruner's code cuts it."""
-    counts = vocab.count_tokens(
-        encoder(model.tokenizer), corpus.stream(calibration.corpus, "calibration"), model.spec.vocab_size
-    )
-    seen = {int(index) for each in counts.values() for index in each.nonzero()[0]}
-    added = {entry["id"] for entry in model.tokenizer.tokenizer.get("added_tokens", [])}
-    return vocab.apply(model, vocab.VocabPlan("", keep=tuple(sorted(seen | added))))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from flabc.compress.search.grid import genome_of
 from flabc.compress.search.latencies import Latencies
 from flabc.errors import ArtifactError, UsageError
 from flabc.perf import block_latencies
-from flabc.perf.methods import write
+from flabc.perf.making import write
 
 
 def test_what_each_block_takes_is_found_from_the_times_of_whole_steps(tiny: Callable[[str], Path]) -> None:
