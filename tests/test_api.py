@@ -10,7 +10,10 @@ import pytest
 import flabc
 from flabc import api
 from flabc.artifact import Artifact
+from flabc.compress import retraining
 from flabc.errors import ArtifactError, ModelError, UnknownNameError
+from flabc.recipe import load as load_recipe
+from flabc.recipe import parse
 from flabc.runtime.evaluate.task import EvalOptions
 from flabc.runtime.measure.result import Workload
 from flabc.spec import ModelSpec
@@ -66,6 +69,21 @@ def test_a_dry_run_writes_nothing(tiny: object, tiny_recipe: Path, tmp_path: Pat
     assert done.path is None
     assert done.spec.num_parameters < done.dense.num_parameters
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_does_not_train(
+    tiny: object, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def trained(*_: object) -> None:
+        raise AssertionError("it trains")
+
+    content = load_recipe(tiny_recipe).model_dump(mode="json", exclude_defaults=True)
+    stages = json.loads(tiny_recipe.read_text())["stages"]
+    more = parse({**content, "stages": [{"stage": "recover"}, *stages]}, "more")
+    monkeypatch.setattr(retraining, "_trained", trained)
+    done = api.compress(str(tiny("llama-tied")), more, None)  # type: ignore[operator]
+    assert [stage["stage"] for stage in done.stages] == ["vocab", "layers", "widths"]
+    assert "does not train" in capsys.readouterr().err
 
 
 def test_a_full_folder_is_refused_before_any_work(tiny_recipe: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from flabc import artifact
 from flabc.artifact import Artifact
-from flabc.console import progress
+from flabc.console import note, progress
 from flabc.errors import require
 from flabc.evaluating import Diff, diff, evaluate, heldout_texts, read_evaluation
 from flabc.exports import Exported, export
@@ -169,7 +169,7 @@ def compress(
     Args:
         model: an alias, a folder, a GGUF file or a hub id.
         recipe: a shipped name, a file, or a recipe.
-        output: the folder to write; None plans and measures everything, and writes nothing.
+        output: the folder to write; None plans and measures everything but training, and writes nothing.
         overrides: changes to the recipe, ``path=value`` each.
         device: a torch device.
         seed: picks the calibration text.
@@ -182,7 +182,9 @@ def compress(
         FlabcError: see ``flabc.errors``; the output folder is then as it was.
     """
     parsed = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    if output is not None:
+    if output is None:
+        parsed = _untrained(parsed)
+    else:
         artifact.check_free(output, force=force)
     require("torch", "compress")
     require("transformers", "compress")
@@ -213,6 +215,16 @@ def compress(
         if done.path is not None:
             _write_checkpoint(cut, done, done.path, seed, force=force)
     return done
+
+
+def _untrained(recipe: Recipe) -> Recipe:
+    """The recipe without its recover stages, which is said: somebody who wants to see a plan does not wait for them."""
+    from flabc.compress.config import RecoverConfig
+
+    stages = tuple(stage for stage in recipe.stages if not isinstance(stage, RecoverConfig))
+    if len(stages) < len(recipe.stages):
+        note("a dry run does not train: what it says is of the model without its recover stages")
+    return recipe.model_copy(update={"stages": stages})
 
 
 def _checked(

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 @click.option("--recipe", help="A shipped recipe or a YAML file.  [default: flab-22]")
 @click.option("-o", "--output", type=click.Path(), help="The checkpoint folder to write.")
 @click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change the recipe; repeatable.")
-@click.option(
-    "--dry-run", is_flag=True, help="Plan and measure every cut, write nothing. A recover stage trains all the same."
-)
+@click.option("--dry-run", is_flag=True, help="Plan and measure every cut, train and write nothing.")
 @click.option("--device", default="cpu", show_default=True, help="A torch device.")
 @click.option("--seed", type=int, help="Picks the calibration text.  [default: 0]")
 @click.option("--memory", type=Size(), help="Memory that may be used, e.g. 6GiB.  [default: what is free]")
