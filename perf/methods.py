@@ -99,18 +99,10 @@ def wanda_sp(*_: Any) -> Stages:
     return [{"stage": "widths", "score": "wanda", "restore": False, "multiple_of": 1}]
 
 
-def flap(*_: Any) -> Stages:
-    """One standardised threshold over channels and KV groups. Without its bias, which the architecture lacks."""
-    return [
-        {
-            "stage": "widths",
-            "of": ["ffn", "heads"],
-            "score": "wifv",
-            "allocation": "global",
-            "restore": False,
-            "multiple_of": 1,
-        }
-    ]
+def flap(*of: str) -> Callable[..., Stages]:
+    """One standardised threshold over what is cut. Without its bias, which the architecture lacks."""
+    stage = {"stage": "widths", "of": list(of), "score": "wifv", "allocation": "global", "restore": False}
+    return lambda *_: [{**stage, "multiple_of": 1}]
 
 
 def ours(*, restore: bool, allocation: str = "uniform") -> Callable[[ModelSpec, int, int | None], Stages]:
@@ -134,7 +126,8 @@ METHODS = {
     "flab-pruner": Method("Flab-Pruner as its code ships", flab_pruner, emitted=True),
     "shortgpt": Method("ShortGPT", shortgpt, target=False),
     "wanda-sp": Method("Wanda-sp, uniform", wanda_sp),
-    "flap": Method("FLAP", flap),
+    "flap": Method("FLAP", flap("ffn", "heads")),
+    "flap-channels": Method("FLAP, channels only", flap("ffn")),
     "ours-unrestored": Method("flabc without restoration", ours(restore=False)),
     "ours": Method("flabc", ours(restore=True)),
     "ours-kl": Method("flabc, rates by KL", ours(restore=True, allocation="kl")),
