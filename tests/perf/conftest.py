@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,6 +46,18 @@ def samples(seed: int, ttft_ms: float, tpot_ms: float) -> tuple[Sample, ...]:
         )
         for _ in range(2 * ROUNDS)
     )
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """A folder of code, quickly read, with text on both sides of the split."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for n in range(40):
+        (folder / f"{n}.py").write_text(
+            "".join(f"def row_{n}_{k}(value):\n    return value * {k}\n" for k in range(40))
+        )
+    return folder
 
 
 @pytest.fixture

@@ -34,15 +34,11 @@ def shout(words):
 
 
 def test_costs_are_nats_of_the_dense_models_answers(
-    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[[str], Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "spoken"
     package.mkdir()
     (package / "words.py").write_text(PACKAGE)
-    texts = tmp_path / "texts"
-    texts.mkdir()
-    for n in range(40):
-        (texts / f"{n}.py").write_text("".join(f"def row_{n}_{k}(value):\n    return value * {k}\n" for k in range(40)))
     few = {"corpus": str(texts), "sequences": 4, "sequence_length": 32}
     for name, value in {
         "CALIBRATION": few,

@@ -19,17 +19,6 @@ def recipe(texts: Path, *stages: dict[str, Any], keep: float = 0.9) -> Recipe:
     return parse({"name": "x", "target": {"params": keep}, "calibration": calibration, "stages": list(stages)}, "x")
 
 
-@pytest.fixture
-def texts(tmp_path: Path) -> Path:
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    for n in range(40):
-        (folder / f"{n}.py").write_text(
-            "".join(f"def row_{n}_{k}(value):\n    return value * {k}\n" for k in range(40))
-        )
-    return folder
-
-
 def test_a_recipe_that_adds_stages_goes_on_from_the_last(
     tiny: Callable[[str], Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
