@@ -28,6 +28,7 @@ from flabc.compress.data import mining
 from flabc.compress.data.mining import Task
 from flabc.compress.data.projects import projects
 from flabc.compress.model import CausalLM
+from flabc.errors import UsageError
 from flabc.perf.making import write
 from flabc.perf.methods import CALIBRATION, RESULTS, VOCABULARY
 from flabc.recipe import parse
@@ -67,6 +68,7 @@ def main() -> None:
     file = RESULTS / f"{asked.name}.axes.json"
     result: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"costs": {}}
     said = Answers(asked.work / "answers.json", dense, asked.work, asked.sources)
+    check_same(result, said.about(), file)
     result |= {"environment": environment(), "sources": [Path(name).name for name in asked.sources], **said.about()}
     calibration = Calibration.model_validate({**CALIBRATION, "sequences": SEQUENCES})
     text = pipeline.text_of(dense, calibration, "cpu", 0)
@@ -80,6 +82,21 @@ def main() -> None:
             result["costs"][key] = {"parameters_gone": gone, "nats": said.cost(cut), "seconds": seconds}
             artifact.write_whole(file, json.dumps(result, indent=1) + "\n")
             print(key, result["costs"][key], flush=True)
+
+
+def check_same(result: dict[str, Any], about: dict[str, Any], file: Path) -> None:
+    """Costs are differences to the dense model on the same answers; another processor may write others.
+
+    Raises:
+        UsageError: if what is in the result was measured on other answers.
+    """
+    if result["costs"] and {key: result.get(key) for key in about} != about:
+        raise UsageError(
+            f"The costs in {file.name} were measured on other answers.",
+            expected=str({key: result.get(key) for key in about}),
+            found=str(about),
+            fix="Give the work folder that has its answers, or remove the file.",
+        )
 
 
 def cuts() -> list[tuple[str, list[dict[str, Any]]]]:
@@ -146,8 +163,11 @@ def prompts_of(sources: Sequence[str]) -> list[str]:
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    """What each cut costs."""
-    lines = ["| cut | parameters gone | nats per answer |", "| :--- | ---: | ---: |"]
+    """What each cut costs, and what costs are relative to."""
+    tokens = round(result["tokens"] / result["answers"])
+    relative = f"for which the dense model needs {result['dense_nats']:.2f} nats each"
+    said = f"{result['answers']} answers of {tokens} tokens, {relative}:"
+    lines = [said, "", "| cut | parameters gone | nats per answer |", "| :--- | ---: | ---: |"]
     for key, cost in result["costs"].items():
         kind, _, size = key.partition("-")
         what = f"to {int(size):,} rows of vocabulary" if kind == "rows" else f"{float(size):.0%} of every FFN"
@@ -156,10 +176,22 @@ def as_markdown(result: dict[str, Any]) -> str:
 
 
 def rows_for(spec: ModelSpec, parameters: int, costs: dict[str, Any]) -> int:
-    """How many rows to keep of a model that is to have so many parameters, the rest to go from its FFNs."""
+    """How many rows to keep of a model that is to have so many parameters, the rest to go from its FFNs.
+
+    Raises:
+        UsageError: if more channels would have to go than were measured.
+    """
     by_rows, by_channels = (_curve(costs, kind) for kind in ("rows", "channels"))
     gone = spec.num_parameters - parameters
     most = min(spec.vocab_size, ROWS[0])
+    needed, measured = gone - (spec.vocab_size - most) * spec.hidden_size, by_channels.x[-1]
+    if needed > measured:
+        raise UsageError(
+            "This size may need more channels to go than were measured.",
+            expected=f"at most {measured:,.0f} parameters from the FFNs",
+            found=f"{needed:,}",
+            fix="Measure a larger share.",
+        )
     splits = [(rows, (spec.vocab_size - rows) * spec.hidden_size) for rows in range(ROWS[-1], most + 1, STEP)]
     return min(splits, key=lambda split: by_rows(split[1]) + by_channels(max(0, gone - split[1])))[0]
 

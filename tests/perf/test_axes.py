@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from flabc.errors import UsageError
 from flabc.perf import axes, methods
 from flabc.runtime.measure.shapes import shape_named
 
@@ -73,6 +74,9 @@ def test_costs_are_nats_of_the_dense_models_answers(
     seen = (tmp_path / "tiny.axes.json").read_text()
     axes.main()
     assert json.loads(seen)["costs"] == json.loads((tmp_path / "tiny.axes.json").read_text())["costs"]
+    (tmp_path / "tiny.axes.json").write_text(json.dumps({**result, "dense_nats": result["dense_nats"] + 1}))
+    with pytest.raises(UsageError, match="other answers"):
+        axes.main()
 
 
 @pytest.mark.parametrize(("rows", "channels", "kept"), [(1, 2, axes.ROWS[-1]), (2, 1, axes.ROWS[0])])
@@ -87,8 +91,13 @@ def test_the_cheaper_axis_gives_all_that_it_can(rows: float, channels: float, ke
 @pytest.mark.parametrize("size", ["all-22", "all-35"])
 def test_the_methods_keep_the_rows_that_were_measured_to_be_best(size: str) -> None:
     dense = shape_named("qwen2.5-coder-0.5b")
-    costs = json.loads((Path(methods.__file__).parent / "results" / "qwen2.5-coder-0.5b.axes.json").read_text())[
-        "costs"
-    ]
+    costs = json.loads((methods.RESULTS / "qwen2.5-coder-0.5b.axes.json").read_text())["costs"]
     left = round(methods.TARGETS[size]["params"] * dense.num_parameters)
     assert methods.ROWS[size] == axes.rows_for(dense, left, costs)
+
+
+def test_sizes_beyond_what_was_measured_are_refused() -> None:
+    dense = shape_named("qwen2.5-coder-0.5b")
+    costs = json.loads((methods.RESULTS / "qwen2.5-coder-0.5b.axes.json").read_text())["costs"]
+    with pytest.raises(UsageError, match="more channels"):
+        axes.rows_for(dense, dense.num_parameters // 3, costs)

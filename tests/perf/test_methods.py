@@ -19,7 +19,8 @@ from flabc.runtime.measure.shapes import shape_named
 def row(value: float, base: float | None = None, p_value: float | None = None) -> dict[str, object]:
     """A row of an evaluation over 164 units, with what the table reads."""
     baseline = None if base is None else {"value": base}
-    return {"target": {"value": value, "n": 164}, "baseline": baseline, "p_value": p_value}
+    pairs = {"baseline": baseline, "p_value": p_value, "gained": 15, "lost": 3}
+    return {"target": {"value": value, "n": 164}, **pairs}
 
 
 def test_a_row_tells_what_was_measured_and_what_was_not() -> None:
@@ -39,7 +40,7 @@ def test_a_row_tells_what_was_measured_and_what_was_not() -> None:
 
     assert lines == [
         "| all | dense | 494.0 M | - | 4.00 | - | failed |",
-        "| 78% of all | flabc | 384.8 M | 0.024 | 5.00 (+25.0%) | 624 | 82/164 (p = 0.18) |",
+        "| 78% of all | flabc | 384.8 M | 0.024 | 5.00 (+25.0%) | 624 | 82/164 (15 gained, 3 lost, p = 0.18) |",
         "| 50% of the layers | FLAP | - | - | cannot be reached | - | - |",
     ]
 
