@@ -4,7 +4,7 @@
 
 Every method draws on the same calibration text, tokens and seed. What is in the result already, made by the same
 recipe, is not made again; so the run can be cut off and started anew. Models lie in the work folder until they are
-measured, answers stay there.
+measured, answers stay there. A cell that lacks a measurement is made and measured anew if its model is gone.
 """
 
 from __future__ import annotations
@@ -246,9 +246,9 @@ class Table:
                 return False
             if made.exists():
                 return True
-        else:
-            shutil.rmtree(self.work / "answers" / key, ignore_errors=True)
-            self.cells[key] = cell = {"recipe": recipe.model_dump(mode="json"), "title": method.title}
+        # Another machine or other installed packages make another model of the same recipe: nothing of the last holds.
+        shutil.rmtree(self.work / "answers" / key, ignore_errors=True)
+        self.cells[key] = cell = {"recipe": recipe.model_dump(mode="json"), "title": method.title}
         shutil.rmtree(made, ignore_errors=True)
         try:
             cell |= self.maker.make(recipe, made, emitted=method.emitted and size.startswith("all"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,21 @@ def test_cells_are_made_once_and_all_methods_listen_to_one_text(
     assert all(cell["parameters"] < dense for cell in made.values())
     methods.main()
     assert len(read) == 2  # nothing was left to make
+
+
+def test_what_was_measured_of_a_model_that_is_gone_is_not_said_of_the_next_one(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods, "CALIBRATION", {"corpus": "python-stdlib", "sequences": 4, "sequence_length": 32})
+    table = methods.Table(tmp_path / "tiny.methods.json", tmp_path, str(tiny("qwen2-tied")))
+    key, method, wanted = "blocks-22/wanda-sp", methods.METHODS["wanda-sp"], ("perplexity", "kl")
+    assert table.make(key, method, "blocks-22", wanted)
+    table.cells[key]["perplexity"] = [row(4.0)]
+    assert table.make(key, method, "blocks-22", wanted)
+    assert "perplexity" in table.cells[key]  # cut off after one of two: the model still lies there
+    shutil.rmtree(tmp_path / key)
+    assert table.make(key, method, "blocks-22", wanted)
+    assert "perplexity" not in table.cells[key]
 
 
 def test_rows_alone_are_as_many_as_the_size_leaves() -> None:
