@@ -18,6 +18,7 @@ from flabc.spec import ModelSpec
 from .architecture import architecture
 from .dialects.dialect import Dialect
 from .dialects.onnxruntime_contrib import OnnxRuntimeDialect
+from .dialects.openvino import OpenVinoDialect
 from .dialects.standard import StandardDialect
 from .genai_config import genai_config
 from .graph import DTYPES, Graph, build
@@ -43,10 +44,15 @@ DATA = f"{GRAPH}.data"
 DIALECTS: dict[str, Callable[[ModelSpec, ir.DataType], Dialect]] = {
     "onnx": OnnxRuntimeDialect,
     "onnx-standard": StandardDialect,
+    "openvino": OpenVinoDialect,
 }
 
 #: The precisions that each can store weights in, the first by default.
-PRECISIONS: dict[str, tuple[str, ...]] = {"onnx": tuple(KNOWN), "onnx-standard": ("fp32", "fp16", "bf16")}
+PRECISIONS: dict[str, tuple[str, ...]] = {
+    "onnx": tuple(KNOWN),
+    "onnx-standard": ("fp32", "fp16", "bf16"),
+    "openvino": ("fp32", "int8"),
+}
 
 
 def write(

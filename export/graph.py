@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
+from flabc.artifact import ACTIVATIONS_NOTE
 from flabc.spec import LayerSpec, ModelSpec
 
 from . import quantize
@@ -254,7 +255,9 @@ def _model(graph: Graph, dialect: Dialect, ids: ir.Value, logits: ir.Value, scor
         opset_imports=dict(dialect.opsets),
         name=f"{spec.family}_scoring" if scoring else spec.family,
     )
-    return ir.Model(inner, ir_version=IR_VERSION, producer_name="flabc")
+    activations = graph.precision.activations
+    said = {} if activations is None else {ACTIVATIONS_NOTE: activations}
+    return ir.Model(inner, ir_version=IR_VERSION, producer_name="flabc", metadata_props=said)
 
 
 def _owner(layer: int | None) -> str:

@@ -1,7 +1,9 @@
-"""Matrices in blocks of 8 or 4 bits: ONNX Runtime's own quantiser, its operators, one matrix in memory at a time.
+"""Matrices of 8 or 4 bits, one in memory at a time.
 
-Every row of a matrix, as torch stores it, is cut into blocks that share a scale (and, if not symmetric, a zero point).
-ONNX Runtime, ContribOperators.md: MatMulNBits, GatherBlockQuantized.
+In blocks, by ONNX Runtime's own quantiser for its own operators: every row of a matrix, as torch stores it, is cut into
+blocks that share a scale (and, if not symmetric, a zero point). ONNX Runtime, ContribOperators.md: MatMulNBits,
+GatherBlockQuantized. Or with one scale for each row, in the standard's DequantizeLinear, which OpenVINO multiplies
+without unpacking.
 
 Letters in shape comments: N outputs, K inputs, V vocab_size, D hidden_size.
 """
@@ -32,7 +34,7 @@ INTEGER_PRODUCTS = 4
 def product(
     graph: Graph, x: ir.Value, name: str, size: tuple[int, int], make: Callable[[], Array], blocks: Blocks
 ) -> ir.Value:
-    """X W with W in blocks.
+    """X W with W in few bits.
 
     Args:
         graph: the graph.
@@ -42,6 +44,9 @@ def product(
         make: reads W, (K, N), float32.
         blocks: how it is stored.
     """
+    if blocks.block_size is None:
+        unpacked = _unpacked(graph, name, size, make, blocks)
+        return graph.op("MatMul", x, graph.op("Transpose", unpacked, perm=[1, 0]))
     return graph.op(
         "MatMulNBits",
         x,
@@ -58,7 +63,7 @@ def product(
 def gather(
     graph: Graph, ids: ir.Value, name: str, size: tuple[int, int], make: Callable[[], Array], blocks: Blocks
 ) -> ir.Value:
-    """Rows of an embedding in blocks, (B, S) to (B, S, D); stored as the matrix of a product is, so once if tied.
+    """Rows of an embedding in few bits, (B, S) to (B, S, D); stored as the matrix of a product is, so once if tied.
 
     Args:
         graph: the graph.
@@ -68,6 +73,8 @@ def gather(
         make: reads it, (D, V), float32.
         blocks: how it is stored.
     """
+    if blocks.block_size is None:
+        return graph.op("Gather", _unpacked(graph, name, size, make, blocks), ids)
     packed, *others = _stored(graph, name, size, make, blocks)
     rows = graph.op("Reshape", packed, graph.constant("rows_of_blocks", np.array([size[1], -1])))
     points = [graph.op("Reshape", p, graph.constant("rows_of_blocks", np.array([size[1], -1]))) for p in others[1:]]
@@ -90,10 +97,28 @@ def gather(
     return graph.op("Slice", found, *bounds)
 
 
+def _unpacked(
+    graph: Graph, name: str, size: tuple[int, int], make: Callable[[], Array], blocks: Blocks
+) -> ir.Value:
+    """A matrix with one scale for each row, as torch stores it, (N, K), for a runtime to multiply as it is stored."""
+    parts = _Parts(lambda: by_rows(make().T, blocks.bits))
+    kept = graph.weight(f"{name}.packed", (size[1], size[0]), lambda: parts.take("packed"), ir.DataType.INT8)
+    scales = graph.weight(f"{name}.scales", (size[1],), lambda: parts.take("scales"))
+    return graph.op("DequantizeLinear", kept, scales, axis=0)
+
+
+def by_rows(matrix: Array, bits: int) -> dict[str, Array]:
+    """A matrix, (N, K), as whole numbers, and what each row is multiplied by, (N,): its largest is the range's end."""
+    most = 2 ** (bits - 1) - 1
+    scales = np.maximum(np.abs(matrix).max(1), np.finfo(np.float32).tiny) / most
+    return {"packed": np.rint(matrix / scales[:, None]).astype(np.int8), "scales": scales}
+
+
 def _stored(
     graph: Graph, name: str, size: tuple[int, int], make: Callable[[], Array], blocks: Blocks
 ) -> list[ir.Value]:
     """The packed numbers, (N, blocks, bytes of a block), scales and, if any, zero points, (N, blocks)."""
+    assert blocks.block_size is not None, "rows are not cut"
     count, per_byte = -(-size[0] // blocks.block_size), 8 // blocks.bits
     parts = _Parts(lambda: packed(make(), blocks))
     shapes = {

@@ -128,13 +128,19 @@ class Backend(Protocol):
 BACKENDS = {
     "onnxruntime": "flabc.runtime.backends.ort:open_backend",
     "onnxruntime-static": "flabc.runtime.backends.static_cache:open_backend",
+    "openvino": "flabc.runtime.backends.openvino_state:open_backend",
     "tensorrt": "flabc.runtime.backends.tensorrt_engine:open_backend",
     "torch": "flabc.runtime.backends.reference:open_backend",
     "torch-static": "flabc.runtime.backends.static_torch:open_backend",
 }
 
 #: Which backend runs an engine that was exported to a target.
-RUNS = {"onnx": "onnxruntime", "onnx-standard": "onnxruntime-static", "tensorrt": "tensorrt"}
+RUNS = {
+    "onnx": "onnxruntime",
+    "onnx-standard": "onnxruntime-static",
+    "openvino": "openvino",
+    "tensorrt": "tensorrt",
+}
 
 
 def open_backend(name: str, folder: Path, spec: ModelSpec, limits: Limits) -> Backend:

@@ -24,6 +24,7 @@ EXTRAS = {
     "export": ("onnx", "onnx-ir", "onnxscript", "ml-dtypes"),
     "report": ("matplotlib",),
     "serve": ("fastapi", "uvicorn", "prometheus-client"),
+    "openvino": ("openvino",),
     "gpu": ("onnxruntime-gpu", "nvidia-ml-py"),
     "tensorrt": ("tensorrt", "polygraphy", "cuda-bindings"),
 }

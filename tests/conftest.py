@@ -206,6 +206,14 @@ def tiny_standard_engine(tiny_checkpoint: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_openvino_engine(tiny_checkpoint: Path) -> Path:
+    """The engine of ``tiny_checkpoint`` for OpenVINO."""
+    out = tiny_checkpoint.parent / "openvino-engine"
+    api.export(tiny_checkpoint, out, target="openvino")
+    return out
+
+
+@pytest.fixture(scope="session")
 def tiny_dense_engine(tiny: Callable[[str], Path], tiny_checkpoint: Path) -> Path:
     """The engine of the model that ``tiny_checkpoint`` was cut from."""
     out = tiny_checkpoint.parent / "dense-engine"

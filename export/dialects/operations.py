@@ -17,11 +17,46 @@ def plain_norm(graph: Graph, x: ir.Value, parameters: Sequence[ir.Value], epsilo
     return graph.op(kind, x, *parameters, axis=-1, epsilon=epsilon, stash_type=1)
 
 
+def added_norm(
+    graph: Graph, residual: ir.Value, branch: ir.Value | None, role: str, layer: int | None
+) -> tuple[ir.Value, ir.Value]:
+    """RMSNorm, or LayerNorm, of residual + branch, and that sum; all (B, S, D)."""
+    total = residual if branch is None else graph.op("Add", residual, branch)
+    bias = [graph.norm_bias(role, layer)] if graph.architecture.layer_norm else []
+    weights = [graph.norm_weight(role, layer), *bias]
+    return plain_norm(graph, total, weights, graph.spec.rms_norm_eps), total
+
+
 def head_norm(graph: Graph, x: ir.Value, role: str, layer: int) -> ir.Value:
     """RMSNorm of every head, (B, S, heads * H) to the same."""
     apart = graph.op("Reshape", x, graph.constant("heads_apart", np.array([0, 0, -1, graph.spec.head_dim])))
     normed = plain_norm(graph, apart, [graph.norm_weight(f"{role}_norm", layer)], graph.spec.rms_norm_eps)
     return graph.op("Reshape", normed, graph.constant("heads_together", np.array([0, 0, -1])))
+
+
+def heads_of(graph: Graph, x: ir.Value, role: str, layer: int) -> ir.Value:
+    """Queries, keys or values, (B, S, D) to (B, heads, S, H): normed where the family norms them."""
+    flat = graph.linear(x, (role,), layer)
+    if graph.architecture.family.has(f"{role}_norm"):
+        flat = head_norm(graph, flat, role, layer)
+    return heads_apart(graph, flat)
+
+
+def heads_apart(graph: Graph, x: ir.Value) -> ir.Value:
+    """(B, S, heads * H) to (B, heads, S, H)."""
+    apart = graph.op("Reshape", x, graph.constant("heads_apart", np.array([0, 0, -1, graph.spec.head_dim])))
+    return graph.op("Transpose", apart, perm=[0, 2, 1, 3])
+
+
+def heads_joined(graph: Graph, x: ir.Value) -> ir.Value:
+    """(B, heads, S, H) to (B, S, heads * H)."""
+    together = graph.op("Transpose", x, perm=[0, 2, 1, 3])
+    return graph.op("Reshape", together, graph.constant("heads_together", np.array([0, 0, -1])))
+
+
+def scalar(graph: Graph, one: ir.Value) -> ir.Value:
+    """The only number of a vector, (1,) to (). TensorRT wants the axis named."""
+    return graph.op("Squeeze", one, graph.constant("first_axis", np.array([0])))
 
 
 def rotary_tables(graph: Graph, kind: str) -> tuple[ir.Value, ir.Value]:

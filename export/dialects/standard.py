@@ -18,7 +18,16 @@ import onnx_ir as ir
 from flabc.export.graph import Graph
 from flabc.spec import ModelSpec
 
-from .operations import cache_names, cache_value, head_norm, plain_norm, rotary_tables, value
+from .operations import (
+    added_norm,
+    cache_names,
+    cache_value,
+    heads_joined,
+    heads_of,
+    rotary_tables,
+    scalar,
+    value,
+)
 
 #: How long the cache is, as a dimension's name.
 PLACES = "max_length"
@@ -55,7 +64,7 @@ class StandardDialect:
         """Positions of the new tokens, and for each type of layer its angles and what its tokens see."""
         zero, one = graph.constant("zero", np.array(0)), graph.constant("one", np.array(1))
         length = graph.op("Shape", ids, start=1, end=2)
-        steps = graph.op("Range", zero, _scalar(graph, length), one)  # (S,)
+        steps = graph.op("Range", zero, scalar(graph, length), one)  # (S,)
         last_axis = graph.constant("last_axis", np.array([-1]))
         positions = graph.op("Add", graph.op("Unsqueeze", self._begin, last_axis), steps)  # (B, S)
         kinds = dict.fromkeys(graph.architecture.layer_types)
@@ -71,7 +80,7 @@ class StandardDialect:
         """Whether a new token attends to a place of the cache, (B, 1, S, M): those up to itself, within the window."""
         zero, one = graph.constant("zero", np.array(0)), graph.constant("one", np.array(1))
         length = graph.op("Shape", next(iter(self._past.values())), start=2, end=3)
-        places = graph.op("Range", zero, _scalar(graph, length), one)  # (M,)
+        places = graph.op("Range", zero, scalar(graph, length), one)  # (M,)
         rows = graph.op("Unsqueeze", positions, graph.constant("around_rows", np.array([1, 3])))  # (B, 1, S, 1)
         seen = graph.op("LessOrEqual", places, rows)
         window = graph.architecture.windows[kind]
@@ -84,10 +93,7 @@ class StandardDialect:
         self, graph: Graph, residual: ir.Value, branch: ir.Value | None, role: str, layer: int | None
     ) -> tuple[ir.Value, ir.Value]:
         """RMSNorm, or LayerNorm, of residual + branch, and that sum."""
-        total = residual if branch is None else graph.op("Add", residual, branch)
-        bias = [graph.norm_bias(role, layer)] if graph.architecture.layer_norm else []
-        weights = [graph.norm_weight(role, layer), *bias]
-        return plain_norm(graph, total, weights, graph.spec.rms_norm_eps), total
+        return added_norm(graph, residual, branch, role, layer)
 
     def attention(self, graph: Graph, x: ir.Value, layer: int) -> ir.Value:
         """Turn query and key, write key and value to their places, attend to all places that the mask shows."""
@@ -98,16 +104,11 @@ class StandardDialect:
         softcap = architecture.attention_softcap or 0.0  # none
         mask, scale = self._masks[kind], architecture.attention_scale
         said = graph.op("Attention", query, *cached, mask, scale=scale, softcap=softcap)  # (B, heads, S, H)
-        together = graph.op("Transpose", said, perm=[0, 2, 1, 3])
-        return graph.op("Reshape", together, graph.constant("heads_together", np.array([0, 0, -1])))
+        return heads_joined(graph, said)
 
     def _heads(self, graph: Graph, x: ir.Value, role: str, layer: int) -> ir.Value:
         """Queries, keys or values, (B, heads, S, H): normed where the family norms them, turned unless values."""
-        flat = graph.linear(x, (role,), layer)
-        if graph.architecture.family.has(f"{role}_norm"):
-            flat = head_norm(graph, flat, role, layer)
-        apart = graph.op("Reshape", flat, graph.constant("heads_apart", np.array([0, 0, -1, graph.spec.head_dim])))
-        heads = graph.op("Transpose", apart, perm=[0, 2, 1, 3])
+        heads = heads_of(graph, x, role, layer)
         if role == "v":
             return heads
         kind = graph.architecture.layer_types[layer]
@@ -129,7 +130,3 @@ class StandardDialect:
         picked = graph.op("GatherND", x, graph.op("Unsqueeze", index, last_axis), batch_dims=1)  # (B, D)
         return graph.op("Unsqueeze", picked, graph.constant("row_axis", np.array([1])))
 
-
-def _scalar(graph: Graph, one: ir.Value) -> ir.Value:
-    """The only number of a vector, (1,) to (). TensorRT wants the axis named."""
-    return graph.op("Squeeze", one, graph.constant("first_axis", np.array([0])))

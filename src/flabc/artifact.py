@@ -34,6 +34,9 @@ SCHEMA_VERSION = 1
 #: In an engine: the graph that serves, and the one that gives logits at every position, on the same weights.
 GRAPH, SCORING_GRAPH = "model.onnx", "score.onnx"
 
+#: A graph's note of what its matrices are multiplied with, for runtimes that leave it to be said.
+ACTIVATIONS_NOTE = "flabc.activations"
+
 #: For TensorRT: what it builds of these two graphs, and how.
 ENGINE, SCORING_ENGINE, BUILD_PLAN = "model.plan", "score.plan", "build_plan.json"
 
@@ -45,6 +48,7 @@ _RECORDED = (
     "onnx",
     "onnx-ir",
     "onnxruntime",
+    "openvino",
     "peft",
     "tensorrt",
     "tokenizers",
@@ -52,7 +56,7 @@ _RECORDED = (
     "transformers",
 )
 
-#: An ``engine`` runs in ONNX Runtime or TensorRT, a ``gguf`` in llama.cpp.
+#: An ``engine`` runs in ONNX Runtime, OpenVINO or TensorRT, a ``gguf`` in llama.cpp.
 Kind = Literal["checkpoint", "engine", "gguf", "report"]
 
 

@@ -91,11 +91,12 @@ def export(
     Args:
         model: a checkpoint folder, or whatever ``compress`` takes as a model.
         output: the folder to write.
-        target: ``onnx``, for ONNX Runtime; ``onnx-standard``, in operators of the ONNX standard alone; ``tensorrt``,
-            the same with an engine built of it where there is a GPU; or ``gguf``, for llama.cpp, if all layers are
-            equal and whole.
+        target: ``onnx``, for ONNX Runtime; ``openvino``, for OpenVINO on a processor; ``onnx-standard``, in operators
+            of the ONNX standard alone; ``tensorrt``, the same with an engine built of it where there is a GPU; or
+            ``gguf``, for llama.cpp, if all layers are equal and whole.
         precision: ``fp32`` (the default), ``fp16``, ``bf16``, and for ``onnx`` ``int8``, ``int4`` and ``auto``, the
-            fastest on this machine; for ``tensorrt`` and ``gguf`` ``fp16`` is the default, and ``gguf`` has ``int8``.
+            fastest on this machine; ``openvino`` has ``fp32``, ``int8`` and ``auto``; for ``tensorrt`` and ``gguf``
+            ``fp16`` is the default, and ``gguf`` has ``int8``.
         storage: details of ``int8`` and ``int4``.
         kl_bound: for ``auto``, the most that the engine may differ from the model, KL in nats per token.
         tie: as for ``compress``.

@@ -66,7 +66,10 @@ def engine(
     limits = Limits(min(len(parity.LENGTHS), max_batch or len(parity.LENGTHS)), parity.LONGEST)
     turns = source.turns(limits.max_batch)  # before the engine is in memory too
     candidate = open_backend(RUNS[target], folder, source.spec, limits)
-    return parity.check(candidate, turns, precision=stored.coarsest).receipt() | {"stored": asdict(stored)}
+    receipt = parity.check(candidate, turns, precision=stored.coarsest).receipt()
+    # What a runtime chose for this machine, where it has a choice.
+    settings = {"settings": candidate.settings} if hasattr(candidate, "settings") else {}
+    return receipt | {"stored": asdict(stored)} | settings
 
 
 def gguf(file: Path, source: Source, precision: str, length: int) -> dict[str, Any]:

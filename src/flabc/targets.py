@@ -45,7 +45,7 @@ def _onnx(target: str) -> Target:
     def make(job: Job) -> dict[str, Any]:
         from flabc.export import engine
 
-        stored = precision_named(job.precision, job.storage)
+        stored = precision_named(job.precision, job.storage, target)
         engine.write(job.source.folder, job.source.spec, job.out, target, stored)
         return proof.graph(job.out, job.source, target, stored)
 
@@ -101,6 +101,7 @@ def _tensorrt(options: BuildOptions | None = None) -> Target:
 TARGETS = {
     "onnx": _onnx("onnx"),
     "onnx-standard": _onnx("onnx-standard"),
+    "openvino": _onnx("openvino"),
     "tensorrt": _tensorrt(),
     "gguf": Target("gguf", _gguf_precision, _make_gguf),
 }

@@ -33,6 +33,12 @@ def target(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(params=[name for name, precisions in engine.PRECISIONS.items() if "fp16" in precisions])
+def half_target(request: pytest.FixtureRequest) -> str:
+    """Every target in turn that computes in half precision."""
+    return str(request.param)
+
+
 @pytest.fixture
 def uneven(every_tiny: Path, tmp_path: Path) -> tuple[CausalLM, Path]:
     """Every tiny model in turn with uneven layers, and its checkpoint."""

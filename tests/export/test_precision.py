@@ -30,9 +30,9 @@ def kinds(graph: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_every_family_says_nearly_the_same_in_half_precision(
-    every_tiny: Path, tmp_path: Path, target: str, precision: str
+    every_tiny: Path, tmp_path: Path, half_target: str, precision: str
 ) -> None:
-    found = api.export(every_tiny, tmp_path / "e", target=target, precision=precision)
+    found = api.export(every_tiny, tmp_path / "e", target=half_target, precision=precision)
     assert found.parity["holds"]
     assert 0 < found.parity["kl"] < parity.BOUNDS[precision]["kl_bound"]
     assert found.parity.get("computed_in") == ("fp32" if precision == "bf16" else None)
@@ -43,8 +43,8 @@ def test_every_family_says_nearly_the_same_in_half_precision(
         assert set(held.values()) == {"INT64", "FLOAT16" if precision == "fp16" else "BFLOAT16"}
 
 
-def test_half_an_engine_is_half_as_large_and_generates(tiny_checkpoint: Path, tmp_path: Path, target: str) -> None:
-    full, half = (api.export(tiny_checkpoint, tmp_path / p, target=target, precision=p) for p in ("fp32", "fp16"))
+def test_half_an_engine_is_half_as_large_and_generates(tiny_checkpoint: Path, tmp_path: Path, half_target: str) -> None:
+    full, half = (api.export(tiny_checkpoint, tmp_path / p, target=half_target, precision=p) for p in ("fp32", "fp16"))
     sizes = [(found.path / engine.DATA).stat().st_size for found in (full, half)]
     assert sizes[1] < 0.51 * sizes[0]
     short = SamplingParams(max_tokens=16)  # sooner or later a random model meets a tie
@@ -133,7 +133,7 @@ def test_what_a_precision_with_other_details_is() -> None:
 @pytest.mark.parametrize(
     ("name", "storage", "error", "message"),
     [
-        ("fp16", {"block_size": 32}, UsageError, "fp16 stores nothing in blocks"),
+        ("fp16", {"block_size": 32}, UsageError, "fp16 stores nothing in few bits"),
         ("int8", {"block_size": 33}, UsageError, r"No kernel takes such blocks.*\(16, 32.*Found: 33"),
         ("int8", {"compute": "fp61"}, UnknownNameError, "Did you mean 'fp16'"),
         ("int8", {"head": "int16"}, UnknownNameError, "precision of the output matrix 'int16'"),

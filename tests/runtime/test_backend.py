@@ -20,7 +20,7 @@ from flabc.runtime.session import Session
 IDS = np.random.default_rng(1).integers(3, 500, (2, 9))
 
 
-@pytest.fixture(params=["tiny_engine", "tiny_standard_engine", "tiny_checkpoint"])
+@pytest.fixture(params=["tiny_engine", "tiny_standard_engine", "tiny_openvino_engine", "tiny_checkpoint"])
 def folder(request: pytest.FixtureRequest) -> Path:
     """Engines for ONNX Runtime, then a checkpoint for torch."""
     found: Path = request.getfixturevalue(request.param)
@@ -31,7 +31,7 @@ def opened(folder: Path, **limits: Any) -> Backend:
     return Session.open(folder, limits=Limits(**limits)).backend
 
 
-@pytest.mark.parametrize("engine", ["tiny_engine", "tiny_standard_engine"])
+@pytest.mark.parametrize("engine", ["tiny_engine", "tiny_standard_engine", "tiny_openvino_engine"])
 def test_backends_agree_on_a_ragged_batch(engine: str, tiny_checkpoint: Path, request: pytest.FixtureRequest) -> None:
     answers = []
     for folder in (request.getfixturevalue(engine), tiny_checkpoint):
@@ -71,7 +71,7 @@ def test_torch_says_in_a_ragged_batch_what_transformers_says_of_each_row(
 VARIED = ["gemma2-tied", "starcoder2-tied"]
 
 
-@pytest.fixture(params=[*VARIED, "tiny_engine", "tiny_standard_engine", "tiny_checkpoint"])
+@pytest.fixture(params=[*VARIED, "tiny_engine", "tiny_standard_engine", "tiny_openvino_engine", "tiny_checkpoint"])
 def with_reference(
     request: pytest.FixtureRequest, tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:

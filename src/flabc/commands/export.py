@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("checkpoint", required=False)
 @click.option("-o", "--output", type=click.Path(), help="The engine folder to write.")
-@click.option("--target", help="What to make: onnx, onnx-standard, tensorrt, or gguf for llama.cpp.  [default: onnx]")
+@click.option(
+    "--target", help="What to make: onnx, openvino, onnx-standard, tensorrt, or gguf for llama.cpp.  [default: onnx]"
+)
 @click.option(
     "--precision",
-    help="fp32, fp16 or bf16; for onnx also int8, int4, or auto: the fastest here; for gguf fp16, fp32, bf16 or int8. "
-    " [default: the first; for tensorrt fp16]",
+    help="fp32, fp16 or bf16; for onnx also int8, int4, or auto: the fastest here; for openvino fp32, int8 or auto; "
+    "for gguf fp16, fp32, bf16 or int8.  [default: the first; for tensorrt fp16]",
 )
 @click.option(
     "--kl-bound",
@@ -38,6 +40,11 @@ if TYPE_CHECKING:
 )
 @click.option("--embedding", help="Of int8 or int4: the embedding in int4, int8 or full.  [default: int8]")
 @click.option("--head", help="The output matrix likewise; stored once if it is the embedding's.  [default: int8]")
+@click.option(
+    "--activations",
+    help="OpenVINO, int8: what matrices are multiplied with: numbers of 8 bits with a scale for 32 (blocks) or for a "
+    "whole token (tokens), or as computed (full).  [default: blocks]",
+)
 @build_flags
 @TIE
 @FORCE
@@ -62,6 +69,7 @@ def export(
     flabc export pruned -o engine
     flabc export smollm2-135m -o dense-engine
     flabc export pruned -o small-engine --precision int4 --block-size 128
+    flabc export pruned -o intel-engine --target openvino --precision auto
     flabc export pruned --target gguf --precision bf16 -o for-llama-cpp
     flabc export pruned --target tensorrt --max-batch 4 -o for-tensorrt
     """
