@@ -71,8 +71,6 @@ ENVIRONMENTS = {
     "openvino": Recipe(
         (
             "openvino==2026.4.1",
-            "openvino-genai==2026.4.1.0",
-            "openvino-tokenizers==2026.4.1.0",
             "nncf==3.4.0",
             "optimum-intel==2.2.0",
             _TORCH,

@@ -19,6 +19,8 @@ import numpy.typing as npt
 from flabc.errors import EngineError, UnknownNameError
 from flabc.spec import ModelSpec
 
+from . import huge_pages
+
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
 
@@ -143,6 +145,10 @@ RUNS = {
 }
 
 
+#: Files of weights.
+WEIGHTS = ("*.data", "*.safetensors")
+
+
 def open_backend(name: str, folder: Path, spec: ModelSpec, limits: Limits) -> Backend:
     """Open a folder with the backend of that name.
 
@@ -155,5 +161,6 @@ def open_backend(name: str, folder: Path, spec: ModelSpec, limits: Limits) -> Ba
         raise UnknownNameError("backend", name, BACKENDS)
     module, function = BACKENDS[name].split(":")
     opened: Any = getattr(importlib.import_module(module), function)(folder, spec, limits)
+    huge_pages.gather(sum(file.stat().st_size for kind in WEIGHTS for file in folder.glob(kind)))
     backend: Backend = opened
     return backend

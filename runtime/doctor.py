@@ -15,6 +15,8 @@ import psutil
 from flabc.frozen import Frozen
 from flabc.runtime.measure.environment import cpu_name
 
+from . import huge_pages
+
 Status = Literal["ok", "missing", "problem"]
 
 #: The packages of each extra that decide whether it works.
@@ -55,7 +57,7 @@ class Finding(Frozen):
 
 def examine() -> list[Finding]:
     """Look at everything; never raises, imports nothing heavy but onnxruntime, and torch where there is a GPU."""
-    alike = [_python(), _processor(), _memory(), *_extras(), _clash(), _providers(), _cuda(), _nvml(), _rapl()]
+    alike = [_python(), _processor(), _memory(), _huge_pages(), *_extras(), _clash(), _providers(), _cuda(), _nvml(), _rapl()]
     return [*alike, _gpu_torch(), _fusing(), _gpu_onnxruntime()] if DRIVER.is_file() else alike
 
 
@@ -84,6 +86,15 @@ def _memory() -> Finding:
         f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free, disk {disk.free / 2**30:.0f} GiB free"
     )
     return Finding(name="memory", status="ok", detail=detail)
+
+
+def _huge_pages() -> Finding:
+    """Whether weights are read without looking up every 4 KiB."""
+    name = "huge pages"
+    if huge_pages.allowed():
+        return Finding(name=name, status="ok", detail="weights are gathered in pages of 2 MiB")
+    fix = f"echo madvise > {huge_pages.SETTING}"
+    return Finding(name=name, status="missing", detail="the system gives none", fix=fix)
 
 
 def _extras() -> Iterator[Finding]:

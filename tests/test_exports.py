@@ -76,6 +76,14 @@ def test_the_one_that_answers_soonest_is_kept(
     assert manifest.recipe == Artifact.open(tiny_checkpoint).manifest.recipe
 
 
+def test_openvino_has_candidates_of_its_own(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    found = api.export(tiny("qwen2-tied"), tmp_path / "e", target="openvino", precision="auto")
+    tried = [(each.precision, each.storage.get("activations")) for each in found.candidates]
+    assert tried == [("fp32", None), ("int8", None), ("int8", "tokens"), ("int8", "full")]
+    assert [each.verdict for each in found.candidates].count("fastest") == 1
+    assert Session.open(tmp_path / "e").backend.name == "openvino"
+
+
 def test_nothing_near_enough_leaves_no_folder(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(ParityError, match=r"No precision is near enough.*int8: a KL of 0\.00.*larger --kl-bound"):
         api.export(tiny("qwen2-tied"), tmp_path / "e", precision="auto", kl_bound=1e-15)
@@ -86,7 +94,7 @@ def test_nothing_near_enough_leaves_no_folder(tiny: Callable[[str], Path], tmp_p
     ("choice", "message"),
     [({"target": "gguf"}, "gguf has no candidates"), ({"storage": Storage(block_size=64)}, "auto settles how")],
 )
-def test_auto_is_for_onnx_alone(
+def test_auto_is_refused_where_it_settles_nothing(
     tiny: Callable[[str], Path], tmp_path: Path, choice: dict[str, object], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):

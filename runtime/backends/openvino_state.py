@@ -89,6 +89,8 @@ class OpenVinoBackend:
         self._model = self._compiled(folder / GRAPH)
         self._free: list[Any] = []
         self._segments: list[Segment] = []
+        self.join(np.zeros((1, 1), np.int64), np.array([1]))  # OpenVINO packs weights when they are first multiplied
+        self.start(0)
 
     @cached_property
     def _scorer(self) -> Any:

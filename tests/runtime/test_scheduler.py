@@ -58,7 +58,9 @@ def tiny_int8_engine(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempP
     return out
 
 
-@pytest.fixture(scope="module", params=["tiny_engine", "tiny_standard_engine", "tiny_openvino_engine", "tiny_int8_engine"])
+@pytest.fixture(
+    scope="module", params=["tiny_engine", "tiny_standard_engine", "tiny_openvino_engine", "tiny_int8_engine"]
+)
 def alone(request: pytest.FixtureRequest) -> Alone:
     return Alone(request.getfixturevalue(request.param))
 
