@@ -1,6 +1,6 @@
 """Huge pages for weights: at every token a processor reads all of them, and looks up the address of every page.
 
-With 4 KiB a page that costs about a quarter of the time (``perf/huge_pages.py``). Linux gathers what is in memory
+With 4 KiB a page that costs a tenth to a quarter of the time (``perf/huge_pages.py``). Linux gathers what is in memory
 already into pages of 2 MiB where it is asked to: madvise(2), MADV_COLLAPSE, since Linux 6.1. Elsewhere nothing happens,
 and ``flabc doctor`` says so.
 """
