@@ -121,8 +121,8 @@ def precision_named(name: str, storage: Storage | None = None, target: str = "on
 
     Raises:
         UnknownNameError: for a name that is not known.
-        UsageError: if nothing is stored in few bits, or the target leaves no choice, so that there is nothing to change;
-            or for another block size.
+        UsageError: if nothing is stored in few bits, or the target leaves no choice, so that there is nothing to
+            change; or for another block size.
     """
     _check("precision", name, PRECISIONS)
     found = BY_TARGET.get(target, PRECISIONS).get(name, PRECISIONS[name])

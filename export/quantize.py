@@ -97,9 +97,7 @@ def gather(
     return graph.op("Slice", found, *bounds)
 
 
-def _unpacked(
-    graph: Graph, name: str, size: tuple[int, int], make: Callable[[], Array], blocks: Blocks
-) -> ir.Value:
+def _unpacked(graph: Graph, name: str, size: tuple[int, int], make: Callable[[], Array], blocks: Blocks) -> ir.Value:
     """A matrix with one scale for each row, as torch stores it, (N, K), for a runtime to multiply as it is stored."""
     parts = _Parts(lambda: by_rows(make().T, blocks.bits))
     kept = graph.weight(f"{name}.packed", (size[1], size[0]), lambda: parts.take("packed"), ir.DataType.INT8)

@@ -57,7 +57,18 @@ class Finding(Frozen):
 
 def examine() -> list[Finding]:
     """Look at everything; never raises, imports nothing heavy but onnxruntime, and torch where there is a GPU."""
-    alike = [_python(), _processor(), _memory(), _huge_pages(), *_extras(), _clash(), _providers(), _cuda(), _nvml(), _rapl()]
+    alike = [
+        _python(),
+        _processor(),
+        _memory(),
+        _huge_pages(),
+        *_extras(),
+        _clash(),
+        _providers(),
+        _cuda(),
+        _nvml(),
+        _rapl(),
+    ]
     return [*alike, _gpu_torch(), _fusing(), _gpu_onnxruntime()] if DRIVER.is_file() else alike
 
 

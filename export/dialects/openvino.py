@@ -31,8 +31,8 @@ from .operations import (
     value,
 )
 
-#: Added to the score of a place that is not seen, so that nothing is left of it. A mask of numbers: with one of booleans
-#: the plugin's attention took seven times as long.
+#: Added to the score of a place that is not seen, so that nothing is left of it. A mask of numbers: with one of
+#: booleans the plugin's attention took seven times as long.
 UNSEEN = -65504
 
 #: The axes that are put in to compare new tokens with places, (B, 1, S, T).

@@ -129,4 +129,3 @@ class StandardDialect:
         index = graph.op("Sub", self._counts, graph.constant("one", np.array(1)))
         picked = graph.op("GatherND", x, graph.op("Unsqueeze", index, last_axis), batch_dims=1)  # (B, D)
         return graph.op("Unsqueeze", picked, graph.constant("row_axis", np.array([1])))
-

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,11 @@ class OpenVinoBackend:
         return logits[:, -1]
 
     def _infer(self, request: Any, ids: Ids, used: npt.NDArray[np.bool_]) -> Logits:
-        feeds = {"input_ids": ids, "attention_mask": used.astype(np.int64), "beam_idx": np.arange(len(ids), dtype=np.int32)}
+        feeds = {
+            "input_ids": ids,
+            "attention_mask": used.astype(np.int64),
+            "beam_idx": np.arange(len(ids), dtype=np.int32),
+        }
         wanted = {name for given in request.model_inputs for name in given.names}
         logits: Logits = request.infer({name: array for name, array in feeds.items() if name in wanted})["logits"]
         return logits
@@ -170,14 +175,15 @@ class OpenVinoBackend:
     def _together(self, first: int, end: int) -> Segment:
         """The sequences from ``first`` up to ``end`` as one segment, made of those that they are in."""
         begins = np.cumsum([0, *(len(segment.used) for segment in self._segments)]).tolist()
-        touched = [at for at, (begin, stop) in enumerate(zip(begins, begins[1:], strict=False)) if begin < end and stop > first]
+        parts = enumerate(pairwise(begins))
+        touched = [at for at, (begin, stop) in parts if begin < end and stop > first]
         low, high = touched[0], touched[-1] + 1
         if (begins[low], begins[high], high - low) == (first, end, 1):
             return self._segments[low]
         places = list(self._places())
-        parts = [places[begin:stop] for begin, stop in ((begins[low], first), (first, end), (end, begins[high]))]
-        made = self._replace(low, high, *parts)
-        return made[1 if parts[0] else 0]
+        rows = [places[begin:stop] for begin, stop in ((begins[low], first), (first, end), (end, begins[high]))]
+        made = self._replace(low, high, *rows)
+        return made[1 if rows[0] else 0]
 
     def _replace(self, low: int, high: int, *parts: Sequence[Place]) -> list[Segment]:
         """Put segments of these rows in the place of some; rows then use their first places."""
