@@ -85,6 +85,8 @@ def given(name: str, shape: tuple[Any, ...]) -> Any:
         return np.ones_like(IDS)
     if name == "write_indices":
         return np.zeros(rows, np.int64)
+    if name == "beam_idx":
+        return np.arange(rows, dtype=np.int32)
     assert name.startswith("past_key_values.")
     sizes = {"batch": rows, "max_length": length}  # the other dialect's cache has no place yet
     return np.zeros([size if isinstance(size, int) else sizes.get(size, 0) for size in shape], np.float32)
