@@ -114,7 +114,9 @@ class OpenVinoDialect:
         joined = [self._joined(graph, name, layer, new) for name, new in (("key", key), ("value", new_value))]
         sharing = shape.num_attention_heads // shape.num_key_value_heads
         keys, values = (_repeated(graph, each, shape.num_attention_heads, sharing) for each in joined)
-        return heads_joined(graph, _attended(graph, query, keys, values, self._masks[kind]))
+        scale, cap = architecture.attention_scale, architecture.attention_softcap or 0.0  # none
+        said = graph.op("Attention", query, keys, values, self._masks[kind], scale=scale, softcap=cap)
+        return heads_joined(graph, said)
 
     def _turned(self, graph: Graph, x: ir.Value, kind: str) -> ir.Value:
         """Heads turned by their positions, (B, heads, S, H) to the same: x cos + (-x2, x1) sin."""
@@ -167,9 +169,3 @@ def _repeated(graph: Graph, x: ir.Value, heads: int, sharing: int) -> ir.Value:
     spread = graph.op("Expand", apart, graph.constant(f"sharing_{sharing}", np.array([1, 1, sharing, 1, 1])))
     shape = graph.constant(f"shape_of_{heads}_heads", np.array([0, heads, -1, graph.spec.head_dim]))
     return graph.op("Reshape", spread, shape)
-
-
-def _attended(graph: Graph, query: ir.Value, keys: ir.Value, values: ir.Value, mask: ir.Value) -> ir.Value:
-    """Softmax of what queries score, times values, (B, heads, S, H)."""
-    scale, cap = graph.architecture.attention_scale, graph.architecture.attention_softcap or 0.0  # none
-    return graph.op("Attention", query, keys, values, mask, scale=scale, softcap=cap)

@@ -86,6 +86,7 @@ class OpenVinoBackend:
         check_dtype(limits)
         _check_provider(limits.provider)
         self.spec, self.limits, self._folder = spec, limits, folder
+        self._attends = any(layer.has_attention for layer in spec.layers)  # else no graph asks for rows of the past
         self._openvino = require("openvino", "openvino")
         self._model = self._compiled(folder / GRAPH)
         self._free: list[Any] = []
@@ -163,13 +164,10 @@ class OpenVinoBackend:
         return logits[:, -1]
 
     def _infer(self, request: Any, ids: Ids, used: npt.NDArray[np.bool_]) -> Logits:
-        feeds = {
-            "input_ids": ids,
-            "attention_mask": used.astype(np.int64),
-            "beam_idx": np.arange(len(ids), dtype=np.int32),
-        }
-        wanted = {name for given in request.model_inputs for name in given.names}
-        logits: Logits = request.infer({name: array for name, array in feeds.items() if name in wanted})["logits"]
+        feeds = {"input_ids": ids, "attention_mask": used.astype(np.int64)}
+        if self._attends:
+            feeds["beam_idx"] = np.arange(len(ids), dtype=np.int32)
+        logits: Logits = request.infer(feeds)["logits"]
         return logits
 
     def _together(self, first: int, end: int) -> Segment:
