@@ -24,7 +24,7 @@ from flabc.runtime.backends import openvino_state
 from flabc.runtime.backends.openvino_state import OpenVinoBackend
 from flabc.spec import ModelSpec
 
-IDS = np.random.default_rng(0).integers(3, 600, (2, 40))
+from .test_quantize import IDS, assert_says_the_same
 
 
 def spec_of(folder: Path) -> ModelSpec:
@@ -76,13 +76,7 @@ def test_the_engine_says_what_torch_says_with_the_same_numbers(
     engine.write(any_tiny, spec, tmp_path, "openvino", precision_named("int8", target="openvino"))
     backend = open_backend("openvino", tmp_path, spec, Limits(max_batch=2, max_length=64))
     model = rounded_model(any_tiny, tmp_path / engine.GRAPH)
-    with torch.no_grad():
-        expected = model(torch.from_numpy(IDS)).logits.numpy()
-    np.testing.assert_allclose(backend.score(IDS), expected, atol=2e-3)
-    backend.start(2)
-    steps = [backend.extend(IDS[:, :30], np.array([30, 30]))]
-    steps += [backend.extend(IDS[:, at : at + 1], np.array([1, 1])) for at in range(30, 40)]
-    np.testing.assert_allclose(np.stack(steps, 1), expected[:, 29:], atol=2e-3)
+    assert_says_the_same(backend, model)
 
 
 def test_every_family_is_proven_in_eight_bits(

@@ -19,7 +19,7 @@ from flabc import api
 from flabc.errors import ParityError
 from flabc.export import engine, parity, quantize
 from flabc.export.precision import Blocks, Storage, precision_named
-from flabc.runtime.backend import Limits, open_backend
+from flabc.runtime.backend import Backend, Limits, open_backend
 from flabc.runtime.sampling import SamplingParams
 from flabc.runtime.session import Session
 from flabc.spec import ModelSpec
@@ -99,6 +99,17 @@ def rounded_model(folder: Path, graph: Path, bits: int) -> Any:
     return model
 
 
+def assert_says_the_same(backend: Backend, model: Any) -> None:
+    """A backend against transformers' model, at every position and step by step with the cache."""
+    with torch.no_grad():
+        expected = model(torch.from_numpy(IDS)).logits.numpy()
+    np.testing.assert_allclose(backend.score(IDS), expected, atol=2e-3)
+    backend.start(2)
+    steps = [backend.extend(IDS[:, :30], np.array([30, 30]))]
+    steps += [backend.extend(IDS[:, at : at + 1], np.array([1, 1])) for at in range(30, 40)]
+    np.testing.assert_allclose(np.stack(steps, 1), expected[:, 29:], atol=2e-3)
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_engine_says_what_torch_says_with_the_same_numbers(
@@ -110,13 +121,7 @@ def test_the_engine_says_what_torch_says_with_the_same_numbers(
     engine.write(any_tiny, spec, tmp_path, precision=how)
     backend = open_backend("onnxruntime", tmp_path, spec, Limits(max_batch=2, max_length=64))
     model = rounded_model(any_tiny, tmp_path / engine.GRAPH, bits)
-    with torch.no_grad():
-        expected = model(torch.from_numpy(IDS)).logits.numpy()
-    np.testing.assert_allclose(backend.score(IDS), expected, atol=2e-3)
-    backend.start(2)
-    steps = [backend.extend(IDS[:, :30], np.array([30, 30]))]
-    steps += [backend.extend(IDS[:, at : at + 1], np.array([1, 1])) for at in range(30, 40)]
-    np.testing.assert_allclose(np.stack(steps, 1), expected[:, 29:], atol=2e-3)
+    assert_says_the_same(backend, model)
 
 
 @pytest.mark.parametrize("name", ["gemma3_text-tied", "starcoder2-tied", "phi3-untied"])
