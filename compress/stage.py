@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flabc.errors import CorpusError
 from flabc.frozen import Frozen
+from flabc.tokenizer_files import whole
 
 from .chat import before_user
 from .config import Calibration
@@ -101,10 +102,7 @@ class Stage(Generic[C, P]):
 
 def encoder(files: TokenizerFiles) -> Tokenizer:
     """The tokenizer as a ``tokenizers.Tokenizer`` that gives every text whole, whatever its file says."""
-    tokenizer = Tokenizer.from_str(json.dumps(files.tokenizer))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
+    return whole(Tokenizer.from_str(json.dumps(files.tokenizer)))
 
 
 def openings(model: CausalLM) -> list[list[int]]:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from flabc.errors import ModelError
 from flabc.pre_tokenizers import PRE_TOKENIZERS, name_of
+from flabc.tokenizer_files import read_chat_template, read_tokenizer
 
 #: The keys of a GGUF for what Hugging Face's files call so.
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "pad_token": "pad", "unk_token": "unk"}
@@ -70,7 +71,7 @@ class Vocabulary:
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise ModelError(f"{folder} has no tokenizer.json.")
-        content, tokenizer = _read_json(file), Tokenizer.from_file(str(file))
+        content, tokenizer = _read_json(file), read_tokenizer(file)
         model, pre = _kind(content)
         added = {entry["id"]: entry for entry in content["added_tokens"]}
         names = {index: token for token, index in tokenizer.get_vocab(with_added_tokens=True).items()}
@@ -84,7 +85,7 @@ class Vocabulary:
             special=special,
             adds=_adds(tokenizer, special),
             prefix_space=tokenizer.encode("a").tokens[-1].startswith("▁") if model == "llama" else None,
-            chat_template=_chat_template(folder),
+            chat_template=read_chat_template(folder),
         )
 
     def add_to(self, writer: Any) -> None:
@@ -190,14 +191,6 @@ def _adds(tokenizer: Tokenizer, special: Mapping[str, int]) -> tuple[bool, bool]
             found=" ".join(tokenizer.encode("a").tokens),
         )
     return begins, ends
-
-
-def _chat_template(folder: Path) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = _read_json(folder / "tokenizer_config.json").get("chat_template")
-    return template if isinstance(template, str) else None
 
 
 def _pair(merge: Any) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from flabc.runtime.evaluate.record import Record
 from flabc.runtime.evaluate.task import KL, PERPLEXITY, TASKS, EvalOptions
 from flabc.runtime.evaluate.tasks import robustness
 
-from .statistics import Floats, mcnemar, mean_error, paired_test, pass_at_k, ratio_error
+from .estimates import Floats, mcnemar, mean_error, paired_test, pass_at_k, ratio_error
 
 #: The paired tests, as the table names them.
 MCNEMAR, SIGN_FLIPS = "exact McNemar", "sign flips"

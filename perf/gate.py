@@ -36,9 +36,10 @@ class Check(Frozen):
         unit: of both.
         ratio: candidate over baseline.
         interval: of the ratio, or of the value where there is no ratio.
-        limit: what ratio or value may not be above.
+        limit: what ratio or value may not be above, or below where more is better.
         samples: pairs, documents or problems.
         detail: in words.
+        higher_is_better: which way is up for the value that is judged.
     """
 
     metric: str
@@ -52,6 +53,7 @@ class Check(Frozen):
     limit: float | None = None
     samples: int | None = None
     detail: str = ""
+    higher_is_better: bool = False
 
 
 class Timed(Frozen):
@@ -156,25 +158,32 @@ def graded(task: str, row: EvalRow, gate: QualityGate) -> list[Check]:
     """A quality figure against its bounds: how much worse than the baseline's, and its value.
 
     Raises:
-        UsageError: if it is to be compared with the baseline's, and there is no such comparison.
+        UsageError: if it is to be compared with the baseline's, and there is no such comparison; or if it is bounded on
+            the side on which it is good.
     """
     checks = []
+    better, wrong = ("more", "max_value") if row.higher_is_better else ("less", "min_value")
+    if getattr(gate, wrong) is not None:
+        raise UsageError(f"{task}: {better} is better, and {wrong} bounds the good side.")
     if gate.max_worse is not None:
         if row.difference is None:
-            fix = "Give max_value instead; kl, for one, is a comparison already."
+            fix = "Give max_value or min_value instead."
             raise UsageError(f"{task} has no difference to a baseline that max_worse could bound.", fix=fix)
         sign = -1 if row.higher_is_better else 1
         worse = sign * row.difference.value
         checks.append(_bounded(f"{task}: {row.metric}, worse by", worse, row.difference.error, gate.max_worse, row))
-    if gate.max_value is not None:
-        checks.append(_bounded(f"{task}: {row.metric}", row.target.value, row.target.error, gate.max_value, row))
+    bound = gate.min_value if row.higher_is_better else gate.max_value
+    if bound is not None:
+        value, error = row.target.value, row.target.error
+        checks.append(_bounded(f"{task}: {row.metric}", value, error, bound, row, least=row.higher_is_better))
     return checks
 
 
-def _bounded(name: str, value: float, error: float | None, bound: float, row: EvalRow) -> Check:
-    """No more samples can be had, so what is above its bound but not surely so stays undecided."""
+def _bounded(name: str, value: float, error: float | None, bound: float, row: EvalRow, *, least: bool = False) -> Check:
+    """No more samples can be had, so what is beyond its bound but not surely so stays undecided."""
     low, high = value - ERRORS * (error or 0.0), value + ERRORS * (error or 0.0)
-    outcome: Outcome = "pass" if value <= bound else "fail" if low > bound else "undecided"
+    holds, surely_beyond = (value >= bound, high < bound) if least else (value <= bound, low > bound)
+    outcome: Outcome = "pass" if holds else "fail" if surely_beyond else "undecided"
     return Check(
         metric=name,
         kind="quality",
@@ -185,6 +194,7 @@ def _bounded(name: str, value: float, error: float | None, bound: float, row: Ev
         interval=(low, high),
         limit=bound,
         samples=row.target.n,
+        higher_is_better=least,
     )
 
 

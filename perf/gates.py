@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from flabc.errors import UnknownNameError
 from flabc.frozen import Frozen, read_yaml, validated
+from flabc.runtime.evaluate.task import KL, PERPLEXITY, TASKS, parse
 from flabc.runtime.measure.result import Sample, Workload
 
 #: Times of a run, all of which should be low, in milliseconds.
@@ -42,21 +43,39 @@ class QualityGate(Frozen):
 
     Args:
         max_worse: how much worse than the baseline's it may be, in the figure's own unit (nats, bits, share).
-        max_value: what it may not be above, whatever the baseline.
+        max_value: what it may not be above, whatever the baseline; for figures of which less is better.
+        min_value: what it may not be below, likewise; for figures of which more is better.
         corpus: the text, for tasks that read one.
         limit: the first so many problems or documents only.
     """
 
     max_worse: float | None = Field(None, ge=0)
     max_value: float | None = None
+    min_value: float | None = None
     corpus: str = "python-stdlib"
     limit: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
-        if self.max_worse is None and self.max_value is None:
-            raise ValueError("expected max_worse or max_value, or both: without a bound nothing is judged")
+        if self.max_worse is None and self.max_value is None and self.min_value is None:
+            raise ValueError("expected max_worse, max_value or min_value: without a bound nothing is judged")
         return self
+
+
+def _bounds_fit(given: dict[str, QualityGate]) -> dict[str, QualityGate]:
+    """Refuse bounds that a task cannot have, before anything is measured; lm-eval's say only then which way is up."""
+    for task, wanted in given.items():
+        try:
+            name, _ = parse(task)
+        except UnknownNameError as error:
+            raise ValueError(str(error)) from error
+        if name in TASKS and wanted.max_value is not None:
+            raise ValueError(f"more is better of {task}: expected min_value or max_worse, found max_value")
+        if name in (PERPLEXITY, KL) and wanted.min_value is not None:
+            raise ValueError(f"less is better of {task}: expected max_value, found min_value")
+        if name == KL and wanted.max_worse is not None:
+            raise ValueError(f"{task} is a comparison already: expected max_value, found max_worse")
+    return given
 
 
 class Gates(Frozen):
@@ -79,7 +98,7 @@ class Gates(Frozen):
     max_foreign_cores: float = Field(0.25, gt=0)
     speed: Annotated[dict[str, Rise], _each_known("speed", SPEEDS)] = Field({})
     size: Annotated[dict[str, Rise], _each_known("size", SIZES)] = Field({})
-    quality: dict[str, QualityGate] = Field({})
+    quality: Annotated[dict[str, QualityGate], AfterValidator(_bounds_fit)] = Field({})
     parity: bool = True
 
     @model_validator(mode="after")

@@ -28,7 +28,6 @@ UNITS = {"s": 1, "m": 60, "h": 3600}
 
 def main(words: list[str] | None = None) -> None:
     """Measure what was asked for; the exit code is 1 if a cell failed."""
-    _own_folder_behind()
     asked = _parser().parse_args(words)
     from flabc.errors import FlabcError
     from flabc.perf.gpu_run import Suite
@@ -39,12 +38,6 @@ def main(words: list[str] | None = None) -> None:
         print(f"gpu_suite: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     sys.exit(1 if failed else 0)
-
-
-def _own_folder_behind() -> None:
-    """Let Python's own ``statistics`` come before the module of that name beside this file."""
-    own = Path(__file__).resolve().parent
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != own]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from flabc import artifact
 from flabc.compress.data import corpus
-from flabc.perf.statistics import median, median_ratio, median_ratio_interval
+from flabc.perf.estimates import median, median_ratio, median_ratio_interval
 from flabc.runtime import huge_pages
 from flabc.runtime.backend import Limits
 from flabc.runtime.measure.environment import environment

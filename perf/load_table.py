@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from flabc.frozen import Frozen
 from flabc.runtime.measure.result import BenchResult, LoadCell, LoadPlan, LoadRun
 
-from .statistics import median_ratio, median_ratio_block_interval, percentile_intervals, percentiles
+from .estimates import median_ratio, median_ratio_block_interval, percentile_intervals, percentiles
 from .table import DASH, interval_text, significant, times
 
 if TYPE_CHECKING:

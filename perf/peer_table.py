@@ -10,7 +10,7 @@ from pydantic import Field
 from flabc.frozen import Frozen
 from flabc.runtime.measure.result import Roofline, Sample
 
-from .statistics import median, median_ratio, median_ratio_interval
+from .estimates import median, median_ratio, median_ratio_interval
 from .table import interval_text, significant, times
 
 HEAD = (

@@ -16,8 +16,8 @@ from flabc.errors import require
 from flabc.runtime.measure.result import BenchResult, Cell, Sample, Side
 from flabc.spec import ModelSpec
 
+from .estimates import median, percentile
 from .load_table import LoadFigures, figures
-from .statistics import median, percentile
 from .table import cells, quantity, scaled
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from typing import Any
 from flabc.runtime.measure.result import BenchResult, Cell, Energy, Side
 
 from . import load_table
+from .estimates import median, median_ratio, median_ratio_interval, percentiles
 from .plots import plots, svg
-from .statistics import median, median_ratio, median_ratio_interval, percentiles
 from .table import Row, as_markdown, cells, conversion, interval_text, quantity, rows, significant, times
 
 TITLE = "Dense against pruned"

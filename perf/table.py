@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flabc.runtime.measure.result import BenchResult, Cell, Sample, Side
 
-from .statistics import median, median_ratio, median_ratio_interval
+from .estimates import median, median_ratio, median_ratio_interval
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -215,7 +215,8 @@ def conversion(result: BenchResult) -> float | None:
 
 
 def _memory(dense: Side, pruned: Side) -> Iterator[Row]:
-    yield _row("peak_memory_mib", "peak memory", "MiB", dense.peak_rss_mib, pruned.peak_rss_mib)
+    label = "peak memory of the host" if dense.on_gpu or pruned.on_gpu else "peak memory"
+    yield _row("peak_memory_mib", label, "MiB", dense.peak_rss_mib, pruned.peak_rss_mib)
 
 
 def _energy(result: BenchResult) -> Iterator[Row]:

@@ -46,11 +46,18 @@ def _line(check: Check) -> str:
         change = f"{check.ratio - 1:+.1%}"
         if check.interval is not None:
             change += f" ({check.interval[0] - 1:+.1%} to {check.interval[1] - 1:+.1%})"
-    limit = "-" if check.limit is None else f"{check.limit - 1:+.1%}" if check.ratio is not None else f"{check.limit:g}"
-    cells = [check.metric, _number(check.baseline, check.unit), _number(check.value, check.unit), change, limit]
+    cells = [check.metric, _number(check.baseline, check.unit), _number(check.value, check.unit), change, _limit(check)]
     samples = "-" if check.samples is None else str(check.samples)
     sign = SIGNS[check.outcome] + (f": {check.detail}" if check.detail else "")
     return f"| {' | '.join([*cells, samples, sign])} |"
+
+
+def _limit(check: Check) -> str:
+    if check.limit is None:
+        return "-"
+    if check.ratio is not None:
+        return f"{check.limit - 1:+.1%}"
+    return f"at least {check.limit:g}" if check.higher_is_better else f"{check.limit:g}"
 
 
 def _number(value: float | None, unit: str) -> str:
@@ -72,9 +79,9 @@ def as_junit(checks: Sequence[Check]) -> str:
 
 
 def as_benchmark(checks: Sequence[Check]) -> list[dict[str, Any]]:
-    """What github-action-benchmark reads as ``customSmallerIsBetter``."""
+    """What github-action-benchmark reads as ``customSmallerIsBetter``: so nothing of which more is better."""
     return [
         {"name": check.metric, "unit": check.unit or "ratio", "value": check.value, "extra": check.outcome}
         for check in checks
-        if check.value is not None
+        if check.value is not None and not check.higher_is_better
     ]

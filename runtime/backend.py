@@ -145,8 +145,16 @@ RUNS = {
 }
 
 
+#: Providers that compute on a GPU, and backends that can do nothing else.
+ON_GPU = ("cuda", "tensorrt")
+
 #: Files of weights.
 WEIGHTS = ("*.data", "*.safetensors")
+
+
+def on_gpu(backend: str, provider: str) -> bool:
+    """Whether a backend computes on a GPU: then the processor's bandwidth, arithmetic and energy say nothing of it."""
+    return backend in ON_GPU or provider in ON_GPU
 
 
 def open_backend(name: str, folder: Path, spec: ModelSpec, limits: Limits) -> Backend:

@@ -6,7 +6,7 @@ import importlib.metadata
 import importlib.util
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,12 +64,15 @@ def examine() -> list[Finding]:
         _huge_pages(),
         *_extras(),
         _clash(),
-        _providers(),
+        _tried("execution providers", _providers, "onnxruntime"),
         _cuda(),
-        _nvml(),
+        _tried("energy, GPU (NVML)", _nvml, "nvidia-ml-py"),
         _rapl(),
     ]
-    return [*alike, _gpu_torch(), _fusing(), _gpu_onnxruntime()] if DRIVER.is_file() else alike
+    if not DRIVER.is_file():
+        return alike
+    on_gpu = _tried("onnxruntime on the GPU", _gpu_onnxruntime, "onnxruntime-gpu")
+    return [*alike, _tried("torch on the GPU", _gpu_torch, "torch"), _fusing(), on_gpu]
 
 
 def version_of(package: str) -> str | None:
@@ -78,6 +81,15 @@ def version_of(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _tried(name: str, probe: Callable[[str], Finding], package: str) -> Finding:
+    """What a probe finds that imports a package. A broken one may fail in any way: half removed, without a library."""
+    try:
+        return probe(name)
+    except Exception as error:
+        detail = f"{package} is broken: {type(error).__name__}: {error}"
+        return Finding(name=name, status="problem", detail=detail, fix=f"{REINSTALL} {package}")
 
 
 def _python() -> Finding:
@@ -132,17 +144,12 @@ def _clash() -> Finding:
     )
 
 
-def _providers() -> Finding:
+def _providers(name: str) -> Finding:
     if importlib.util.find_spec("onnxruntime") is None:
-        return Finding(
-            name="execution providers",
-            status="missing",
-            detail="no onnxruntime",
-            fix="pip install 'flabc[cpu]'",
-        )
+        return Finding(name=name, status="missing", detail="no onnxruntime", fix="pip install 'flabc[cpu]'")
     import onnxruntime
 
-    return Finding(name="execution providers", status="ok", detail=", ".join(onnxruntime.get_available_providers()))
+    return Finding(name=name, status="ok", detail=", ".join(onnxruntime.get_available_providers()))
 
 
 def _cuda() -> Finding:
@@ -151,9 +158,8 @@ def _cuda() -> Finding:
     return Finding(name="cuda", status="ok", detail=DRIVER.read_text(encoding="utf-8").splitlines()[0])
 
 
-def _gpu_torch() -> Finding:
+def _gpu_torch(name: str) -> Finding:
     """What ``torch-static``, ``flabc bench --shape`` and ``perf/gpu_suite.py`` need."""
-    name = "torch on the GPU"
     try:
         torch: Any = importlib.import_module("torch")
     except ImportError as error:
@@ -181,9 +187,8 @@ def _fusing() -> Finding:
     return Finding(name=name, status="ok", detail=f"triton {version_of('triton')}, {found[0]}")
 
 
-def _gpu_onnxruntime() -> Finding:
+def _gpu_onnxruntime(name: str) -> Finding:
     """What runs engines on the GPU."""
-    name = "onnxruntime on the GPU"
     fix = "pip uninstall -y onnxruntime && pip install 'flabc[gpu]'"
     if importlib.util.find_spec("onnxruntime") is None:
         return Finding(name=name, status="missing", detail="no onnxruntime", fix=fix)
@@ -194,23 +199,18 @@ def _gpu_onnxruntime() -> Finding:
     return Finding(name=name, status="ok", detail=f"onnxruntime-gpu {version_of('onnxruntime-gpu')}")
 
 
-def _nvml() -> Finding:
+def _nvml(name: str) -> Finding:
     if importlib.util.find_spec("pynvml") is None:
-        return Finding(
-            name="energy, GPU (NVML)",
-            status="missing",
-            detail="no nvidia-ml-py",
-            fix="pip install 'flabc[gpu]'",
-        )
+        return Finding(name=name, status="missing", detail="no nvidia-ml-py", fix="pip install 'flabc[gpu]'")
     import pynvml
 
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
-        return Finding(name="energy, GPU (NVML)", status="missing", detail=str(error))
+        return Finding(name=name, status="missing", detail=str(error))
     count = pynvml.nvmlDeviceGetCount()
     pynvml.nvmlShutdown()
-    return Finding(name="energy, GPU (NVML)", status="ok", detail=f"{count} devices")
+    return Finding(name=name, status="ok", detail=f"{count} devices")
 
 
 def _rapl() -> Finding:

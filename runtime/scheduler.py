@@ -104,25 +104,30 @@ class Scheduler:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Accept jobs, all of them or none.
+    def submit(
+        self, jobs: Sequence[Job], to_score: Sequence[tuple[Sequence[int], int]] = ()
+    ) -> list[Future[list[Token]]]:
+        """Accept jobs and sequences to score, all of them or none.
+
+        Args:
+            jobs: what is to be answered.
+            to_score: token ids, and how many of the most likely ones are wanted in the place of each.
+
+        Returns:
+            of each sequence the log-probabilities of its tokens but the first.
 
         Raises:
             ClosedError: if no more are accepted.
             QueueFullError: if too many wait.
         """
-        self._accept(len(jobs), lambda: self._arrived.extend(jobs))
-
-    def score(self, ids: Sequence[int], top: int = 0) -> Future[list[Token]]:
-        """Log-probabilities of every token of a sequence but the first, and of the ``top`` most likely in its place.
-
-        Raises:
-            ClosedError: if no more are accepted.
-            QueueFullError: if too many wait.
-        """
-        text = _Text(ids, top)
-        self._accept(1, lambda: self._texts.append(text))
-        return text.future
+        texts = [_Text(ids, top) for ids, top in to_score]
+        with self._changed:
+            self.check(len(jobs) + len(texts))
+            self._live += len(jobs) + len(texts)
+            self._arrived.extend(jobs)
+            self._texts.extend(texts)
+            self._changed.notify_all()
+        return [text.future for text in texts]
 
     def load(self) -> Load:
         """How busy it is at this moment."""
@@ -156,7 +161,7 @@ class Scheduler:
         self._thread.join()
 
     def check(self, count: int) -> None:
-        """Refuse so many jobs if they would be refused now: before anything is spent on them.
+        """Refuse so many jobs and sequences to score if they would be refused now: before anything is spent on them.
 
         Raises:
             ClosedError: if no more are accepted.
@@ -172,13 +177,6 @@ class Scheduler:
                 f"{self._live} requests run or wait, and there is room for {room} more.",
                 retry_after_s=min(60, waits),
             )
-
-    def _accept(self, count: int, add: Callable[[], None]) -> None:
-        with self._changed:
-            self.check(count)
-            self._live += count
-            add()
-            self._changed.notify_all()
 
     def _run(self) -> None:
         """Step while there is work; whatever ends this, nobody is left waiting."""

@@ -8,10 +8,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from flabc.errors import EngineError
+from flabc.tokenizer_files import read_chat_template, read_tokenizer
 
 Message = dict[str, str]
 
@@ -23,15 +23,14 @@ class TextCodec:
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise EngineError(f"{folder} has no tokenizer.json.")
-        self.tokenizer = Tokenizer.from_file(str(file))
+        self.tokenizer = read_tokenizer(file)
         self._config = _read_json(folder / "tokenizer_config.json")
         generation = _read_json(folder / "generation_config.json") or _read_json(folder / "config.json")
         self.eos_ids = frozenset(_ids(generation.get("eos_token_id")))
         bos = _ids(generation.get("bos_token_id"))
         #: What lm-evaluation-harness puts before a text without context.
         self.prefix_id: int | None = next(iter([*bos, *sorted(self.eos_ids)]), None)
-        template = folder / "chat_template.jinja"
-        self.chat_template = template.read_text(encoding="utf-8") if template.is_file() else None
+        self.chat_template = read_chat_template(folder)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with what the tokenizer adds around it."""

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from itertools import repeat
 from pathlib import Path
 
 import psutil
@@ -16,8 +18,11 @@ from click.testing import CliRunner, Result
 from flabc import api, gating
 from flabc.cli import cli
 from flabc.errors import ArtifactError, EngineError, FlabcError, UsageError
-from flabc.perf.gates import Gates
+from flabc.perf.gates import Gates, QualityGate
 from flabc.runtime.measure.foreign import ForeignLoad
+from flabc.runtime.measure.pairs import Pair
+from flabc.runtime.measure.process import Process
+from flabc.runtime.measure.result import Sample
 from flabc.runtime.measure.roofline import measure_roofline
 from flabc.runtime.measure.stored import Baseline
 
@@ -142,6 +147,49 @@ def test_noise_refuses_limits_below_it(tiny_dense_engine: Path, tmp_path: Path) 
         found = run("noise", tiny_dense_engine, "--gates", file)
         assert found.exit_code == code, found.output
         assert sign in found.stdout
+
+
+def test_noise_is_given_up_where_others_never_rest(
+    tiny_dense_engine: Path, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_once = Sample(ttft_ms=1.0, token_ms=(1.0,))
+    busy = Pair(baseline=(run_once, run_once), candidate=(run_once, run_once), foreign_cores=99.0)
+    monkeypatch.setattr(gating, "measured_pairs", lambda *_: nullcontext(repeat(busy)))
+    found = run("noise", tiny_dense_engine, "--gates", config)
+    assert isinstance(found.exception, EngineError)
+    assert "Others use this machine all the time" in str(found.exception)
+    assert found.exception.exit_code == 3
+
+
+def test_what_quality_cannot_be_is_told_before_anything_is_timed(
+    tiny_dense_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = Gates.model_validate({**CONFIG, "speed": {"tpot_ms": 20.0}})
+    gating.baseline(tiny_dense_engine, tmp_path / "b.json", config=few)
+
+    def timed(*_: object) -> None:
+        pytest.fail("timed")
+
+    monkeypatch.setattr(gating, "_speeds", timed)
+    written = few.model_copy(update={"quality": {"humaneval": QualityGate(min_value=0.1)}})
+    with pytest.raises(UsageError, match="runs code that a model wrote"):
+        gating.run(tiny_dense_engine, tiny_dense_engine, config=written)
+    compared = few.model_copy(update={"quality": {"kl": QualityGate(max_value=0.1)}})
+    with pytest.raises(UsageError, match="holds no answers"):
+        gating.run(tiny_dense_engine, tmp_path / "b.json", config=compared)
+
+
+def test_a_baseline_is_not_made_of_a_gpu(tiny_dense_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Process, "on_gpu", True)
+    with pytest.raises(EngineError, match="runs on a GPU"):
+        gating.baseline(tiny_dense_engine, "b.json", config=Gates.model_validate(CONFIG))
+
+
+def test_a_process_that_ends_meanwhile_is_no_error() -> None:
+    short = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, text=True)
+    with ForeignLoad([short.pid]) as foreign:
+        short.communicate("\n")
+    assert foreign.cores >= 0
 
 
 def test_foreign_load_is_what_others_do() -> None:

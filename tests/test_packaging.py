@@ -42,6 +42,11 @@ def test_the_wheel_holds_exactly_the_tree(built: Path) -> None:
     assert inside == expected_files()
 
 
+def test_no_script_hides_a_module_of_python() -> None:
+    """Python looks for what a script imports beside the script first."""
+    assert not {file.stem for file in (ROOT / "perf").glob("*.py")} & sys.stdlib_module_names
+
+
 def test_only_flabc_lands_in_site_packages(built: Path) -> None:
     names = zipfile.ZipFile(next(built.glob("*.whl"))).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"flabc"}

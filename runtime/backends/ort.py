@@ -145,8 +145,19 @@ class OrtBackend:
 
 
 def cache_dtype(session: Any) -> npt.DTypeLike:
-    """What keys and values are in a graph: what it computes in."""
+    """What keys and values are in a graph: what it computes in.
+
+    Raises:
+        EngineError: if that is bfloat16, which numpy does not have.
+    """
     kinds = {given.type for given in session.get_inputs() if given.name.startswith("past_key_values")}
+    if "tensor(bfloat16)" in kinds:
+        raise EngineError(
+            "An engine that computes in bfloat16 is run by TensorRT or onnxruntime-genai, not here.",
+            expected="keys and values in float32 or float16",
+            found="bfloat16",
+            fix="Export it with --precision fp16, or for tensorrt.",
+        )
     return np.float16 if kinds == {"tensor(float16)"} else np.float32
 
 

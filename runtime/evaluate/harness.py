@@ -7,12 +7,13 @@ tasks that compare likelihoods.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from flabc.console import progress
+from flabc.console import note, progress
 from flabc.errors import EngineError, UsageError, require
 from flabc.runtime.batch import generate_batch
 from flabc.runtime.sampling import SamplingParams
@@ -25,6 +26,9 @@ from .task import EvalOptions
 
 #: Tokens, padding included, that are scored at once: their logits over a large vocabulary take 600 MB.
 SCORED_TOKENS = 1024
+
+#: How often a server that is busy is asked again; the harness waits longer each time.
+RETRIES = 8
 
 #: A request, the tokens of its context, and those of its continuation.
 _Pair = tuple[Any, list[int], list[int]]
@@ -61,7 +65,7 @@ def run(subject: Local | Server, options: EvalOptions) -> list[Record]:
         fewshot_random_seed=options.seed,
         confirm_run_unsafe_code=False,
     )
-    return list(_records(found["samples"]))
+    return _records(found)
 
 
 def _model(subject: Local | Server, options: EvalOptions) -> dict[str, Any]:
@@ -69,7 +73,8 @@ def _model(subject: Local | Server, options: EvalOptions) -> dict[str, Any]:
     if isinstance(subject, Local):
         return {"model": language_model(subject.session)}
     arguments: dict[str, Any] = {"model": subject.model, "base_url": f"{subject.url}/completions"}
-    arguments["num_concurrent"] = options.batch
+    # A text that is scored takes two places of our server: one to be read, one for the token that is asked for beside.
+    arguments |= {"num_concurrent": max(1, options.batch // 2), "max_retries": RETRIES}
     if options.tokenizer is None:
         arguments |= {"tokenizer_backend": "None", "tokenized_requests": False}
     else:
@@ -77,18 +82,44 @@ def _model(subject: Local | Server, options: EvalOptions) -> dict[str, Any]:
     return {"model": "local-completions", "model_args": arguments}
 
 
-def _records(samples: dict[str, list[dict[str, Any]]]) -> Iterator[Record]:
-    """One record per document and metric that is one number."""
-    for task, rows in samples.items():
+def _records(found: dict[str, Any]) -> list[Record]:
+    """One record per document and metric, of the metrics that are means over documents of which more is better.
+
+    Others (a corpus' perplexity, BLEU, what is weighed by length) cannot be told by documents; they are named.
+
+    Raises:
+        UsageError: if no metric is left.
+    """
+    records, others = list[Record](), list[str]()
+    for task, rows in found["samples"].items():
+        scores: dict[tuple[str, str], dict[str, Any]] = {}
         for row in rows:
-            suffix = "" if row["filter"] == "none" else f" ({row['filter']})"
             for metric in row["metrics"]:
-                value = row[metric]
-                if isinstance(value, (bool, int, float)) and math.isfinite(value):
-                    kind = f"{task} {metric}{suffix}"
-                    yield Record(
-                        task_id=f"{kind}/{row['doc_id']}", unit=str(row["doc_id"]), kind=kind, score=float(value)
-                    )
+                scores.setdefault((metric, row["filter"]), {})[str(row["doc_id"])] = row[metric]
+        upwards, results = found["higher_is_better"].get(task, {}), found["results"][task]
+        for (metric, chosen), by_document in scores.items():
+            kind = f"{task} {metric}" + ("" if chosen == "none" else f" ({chosen})")
+            if upwards.get(metric) is False or not _is_mean(by_document.values(), results.get(f"{metric},{chosen}")):
+                others.append(kind)
+                continue
+            records += [
+                Record(task_id=f"{kind}/{document}", unit=document, kind=kind, score=float(score))
+                for document, score in by_document.items()
+            ]
+    if not records:
+        raise UsageError(
+            f"Nothing that these tasks measure is a mean over documents of which more is better: {', '.join(others)}.",
+            fix="For perplexity, say --task perplexity --corpus FILE.",
+        )
+    if others:
+        note(f"left out, since no mean over documents of which more is better: {', '.join(others)}")
+    return records
+
+
+def _is_mean(scores: Collection[Any], told: Any) -> bool:
+    """Whether what the harness tells of a metric is the mean of its scores."""
+    numbers = all(isinstance(score, (bool, int, float)) and math.isfinite(score) for score in scores)
+    return numbers and isinstance(told, (int, float)) and math.isclose(fmean(scores), told, rel_tol=1e-6, abs_tol=1e-9)
 
 
 def language_model(session: Session) -> Any:
@@ -175,20 +206,31 @@ def _likelihoods(session: Session, requests: Sequence[_Pair]) -> list[tuple[floa
 def _generate(session: Session, requests: Sequence[Any]) -> list[str]:
     prompts: list[list[int]] = []
     params: list[SamplingParams] = []
+    longest = session.backend.limits.max_length
+    shortened = cut = 0
     for request in requests:
-        context, wanted = request.args
-        until = wanted.get("until") or []
-        sampled = bool(wanted.get("do_sample", False))
+        context, asked = request.args
+        until = asked.get("until") or []
+        sampled = bool(asked.get("do_sample", False))
+        wanted = int(asked.get("max_gen_toks", asked.get("max_new_tokens", 256)))
+        tokens = min(wanted, longest // 2)  # a task may ask for more than the model has positions
         params.append(
             SamplingParams(
-                max_tokens=int(wanted.get("max_gen_toks", wanted.get("max_new_tokens", 256))),
-                temperature=float(wanted.get("temperature") or 1.0) if sampled else 0.0,
-                top_p=float(wanted.get("top_p", 1.0)),
+                max_tokens=tokens,
+                temperature=float(asked.get("temperature") or 1.0) if sampled else 0.0,
+                top_p=float(asked.get("top_p", 1.0)),
                 stop=tuple([until] if isinstance(until, str) else until),
                 seed=len(prompts),
             )
         )
-        room = session.backend.limits.max_length - params[-1].max_tokens
-        prompts.append(session.encode(context)[-max(1, room) :])
+        ids = session.encode(context)
+        prompts.append(ids[-(longest - tokens) :])
+        shortened += tokens < wanted
+        cut += len(ids) > len(prompts[-1])
+    if shortened or cut:
+        note(
+            f"lm-evaluation-harness: there is room for {longest} tokens, so {cut} of {len(prompts)} prompts were cut "
+            f"off in front, and {shortened} answers are to end before the task would have them end"
+        )
     answers = dict(generate_batch(session, prompts, params))
     return [answers[index].text for index in range(len(prompts))]

@@ -44,14 +44,16 @@ def bench(
     Raises:
         EngineError: if an engine cannot be opened, dies, or does not produce the tokens it should.
     """
-    machine, roofline = environment(), measure_roofline()
+    machine = environment()
     with opened(baseline, workload, *sweep) as a, opened(candidate, workload, *sweep) as b:
+        roofline = None if a.on_gpu or b.on_gpu else measure_roofline()
         warmups = {side: warm_up(side, prompts[0], workload) for side in (a, b)}
         pairs = _rounds(a, b, workload, prompts, "measuring")
+        memory = {side: side.call("memory")["peak_rss_mib"] for side in (a, b)}  # before what needs more than serving
         cells = [_cell(a, b, each, prompts) for each in sweep]
         energies = {side: _energy(side, prompts[0], workload) for side in (a, b)}
         samples = {a: _runs(pair.baseline for pair in pairs), b: _runs(pair.candidate for pair in pairs)}
-        sides = [_side(side, samples[side], warmups[side], energies[side], heldout) for side in (a, b)]
+        sides = [_side(side, samples[side], warmups[side], memory[side], energies[side], heldout) for side in (a, b)]
     return BenchResult(
         created=datetime.now(UTC).replace(microsecond=0),
         environment=machine,
@@ -91,7 +93,7 @@ def _runs(sides: Iterable[tuple[Sample, Sample]]) -> tuple[Sample, ...]:
 
 
 def _energy(process: Process, prompt: str, workload: Workload) -> Energy:
-    counter = find_counter(workload.provider)
+    counter = find_counter(on_gpu=process.on_gpu)
     if isinstance(counter, str):
         return Energy(missing=counter)
 
@@ -102,15 +104,22 @@ def _energy(process: Process, prompt: str, workload: Workload) -> Energy:
     return measure_energy(counter, work)
 
 
-def _side(process: Process, samples: tuple[Sample, ...], warmups: int, energy: Energy, heldout: Sequence[str]) -> Side:
-    memory = process.call("memory")  # before scoring, which needs more than serving does
+def _side(
+    process: Process,
+    samples: tuple[Sample, ...],
+    warmups: int,
+    peak_rss_mib: float,
+    energy: Energy,
+    heldout: Sequence[str],
+) -> Side:
     spec = ModelSpec.model_validate(process.description["spec"])
     return Side(
         engine=str(process.folder),
         spec=spec,
         bytes_on_disk=folder_bytes(process.folder),
         load_ms=process.description["load_ms"],
-        peak_rss_mib=memory["peak_rss_mib"],
+        peak_rss_mib=peak_rss_mib,
+        on_gpu=process.on_gpu,
         warmup_runs=warmups,
         samples=samples,
         perplexity=Perplexity.model_validate(process.call("score", texts=list(heldout))) if heldout else None,

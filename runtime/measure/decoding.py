@@ -192,7 +192,7 @@ class Run:
 
     def energy(self) -> Energy:
         """Joules per output token, prompts included, of all that the workload makes."""
-        counter = find_counter(self.device.type)
+        counter = find_counter(on_gpu=self.device.type == "cuda")
         if isinstance(counter, str):
             return Energy(missing=counter)
 

@@ -70,20 +70,20 @@ class Nvml:
         return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._device)) / 1000
 
 
-def find_counter(provider: str = "auto", powercap: Path = POWERCAP) -> Counter | str:
+def find_counter(*, on_gpu: bool = False, powercap: Path = POWERCAP) -> Counter | str:
     """The counter of what computes, or why there is none.
 
     Args:
-        provider: ``cuda`` and ``tensorrt`` read the GPU, anything else the processor.
+        on_gpu: whether that is a GPU.
         powercap: where Linux shows the processor's counters.
     """
-    if provider in ("cuda", "tensorrt"):
+    if on_gpu:
         return _nvml()
     zones = sorted(zone for zone in powercap.glob("*-rapl:*") if zone.name.count(":") == 1)
-    if not zones:
-        return "the system shows no energy counter (RAPL)"
     try:
-        return Rapl(zones)
+        # "psys", where there is one, is the whole machine, the packages among it.
+        packages = [zone for zone in zones if (zone / "name").read_text().startswith("package")]
+        return Rapl(packages) if packages else "the system shows no energy counter (RAPL)"
     except (OSError, ValueError) as error:
         return f"RAPL cannot be read: {error}"
 

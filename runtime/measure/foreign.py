@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Self
 
@@ -29,13 +31,17 @@ class ForeignLoad:
 
     def __exit__(self, *_: object) -> None:
         taken = max(time.monotonic() - self._began, 1e-9)
-        others = (_busy_s() - self._busy) - (self._own_s() - self._own)
+        own = sum(used - self._own[pid] for pid, used in self._own_s().items())
         #: Cores that others kept busy on average, time that a hypervisor took away included.
-        self.cores = max(0.0, others / taken)
+        self.cores = max(0.0, (_busy_s() - self._busy - own) / taken)
 
-    def _own_s(self) -> float:
-        watched = [psutil.Process(), *(psutil.Process(pid) for pid in self.pids)]
-        return sum(sum(process.cpu_times()[:2]) for process in watched)
+    def _own_s(self) -> dict[int, float]:
+        """Seconds that each process has used. One that is gone is left out: what it used counts as foreign."""
+        used = dict[int, float]()
+        for pid in (os.getpid(), *self.pids):
+            with suppress(psutil.NoSuchProcess):
+                used[pid] = sum(psutil.Process(pid).cpu_times()[:2])
+        return used
 
 
 def _busy_s() -> float:

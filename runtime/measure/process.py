@@ -96,6 +96,11 @@ class Process(Pipe):
             self.close()
             raise
 
+    @property
+    def on_gpu(self) -> bool:
+        """Where the engine computes."""
+        return bool(self.description["on_gpu"])
+
     def run(self, text: str, workload: Workload) -> Sample:
         """One timed run."""
         wanted = workload.model_dump(include={"prompt_tokens", "output_tokens", "batch"})

@@ -94,7 +94,13 @@ class Energy(Frozen):
 
 
 class Side(Frozen):
-    """One engine and all that was measured of it; ``bytes_per_token`` are the weights that an output token reads."""
+    """One engine and all that was measured of it.
+
+    Args:
+        peak_rss_mib: of its process, in the host's memory.
+        bytes_per_token: the weights that an output token reads.
+        on_gpu: where it computed.
+    """
 
     engine: str
     spec: ModelSpec
@@ -106,6 +112,7 @@ class Side(Frozen):
     perplexity: Perplexity | None = None
     bytes_per_token: int | None = None
     energy: Energy | None = None
+    on_gpu: bool = False
 
 
 class LoadPlan(Frozen):

@@ -32,6 +32,9 @@ SCHEMA_VERSION = 1
 #: Pairs of runs between two measurements of the roofline: machines change their pace.
 RENEWED = 4
 
+#: So many pairs are tried for each that is wanted, since those measured beside others' work do not count.
+PATIENCE = 4
+
 
 class Baseline(Frozen):
     """A committed baseline.
@@ -86,7 +89,8 @@ def stored_pairs(candidate: Path, baseline: Baseline, prompts: Sequence[str]) ->
     """Open an engine and yield pairs of its runs and the baseline's, both as multiples of their rooflines.
 
     Raises:
-        EngineError: if the engine cannot be opened or run, or the baseline comes from another processor.
+        EngineError: if the engine cannot be opened or run or runs on a GPU, or the baseline comes from another
+            processor.
     """
     here, there = environment()["cpu"], baseline.environment["cpu"]
     if here != there:
@@ -119,7 +123,7 @@ def measure_baseline(engine: Path, workload: Workload, prompts: Sequence[str], *
         most: cores that others may keep busy; pairs beside more are measured again.
 
     Raises:
-        EngineError: if the engine cannot be run, or the machine is not left alone for long enough.
+        EngineError: if the engine cannot be run or runs on a GPU, or the machine is not left alone for long enough.
     """
     kept: list[Sample] = []
     with opened(engine, workload) as process:
@@ -129,8 +133,8 @@ def measure_baseline(engine: Path, workload: Workload, prompts: Sequence[str], *
                 kept += runs
             if len(kept) == 2 * pairs:
                 break
-            if tried > 4 * pairs:
-                raise EngineError("Others use this machine all the time.", found=f"{foreign:.1f} busy cores")
+            if tried > PATIENCE * pairs:
+                raise never_alone(foreign, most)
         sizes = sizes_of(process)
     return Baseline(
         created=datetime.now(UTC).replace(microsecond=0),
@@ -142,10 +146,25 @@ def measure_baseline(engine: Path, workload: Workload, prompts: Sequence[str], *
     )
 
 
+def never_alone(found: float, most: float) -> EngineError:
+    """What to say where others use the machine whenever something is measured."""
+    return EngineError(
+        "Others use this machine all the time.",
+        expected=f"at most {most:g} busy cores",
+        found=f"{found:.1f}",
+        fix="Stop them, or raise max_foreign_cores in the gates file.",
+    )
+
+
 def _runs(
     process: Process, workload: Workload, prompts: Sequence[str]
 ) -> Iterator[tuple[tuple[Sample, Sample], float]]:
     """Two runs at a time, as multiples of the roofline, and the cores that others used meanwhile."""
+    if process.on_gpu:
+        raise EngineError(
+            "A baseline holds times in multiples of what the processor can do; this engine runs on a GPU.",
+            fix="Compare two engines, measured in turns: --against ENGINE.",
+        )
     spec = ModelSpec.model_validate(process.description["spec"])
     weights = bytes_per_token(process.folder, spec)
     for turn in count():

@@ -12,17 +12,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flabc.errors import EngineError, FlabcError
-from flabc.runtime.backend import Limits
+from flabc.runtime.backend import Limits, on_gpu
 from flabc.runtime.evaluate.perplexity import perplexity
 from flabc.runtime.sampling import SamplingParams
 from flabc.runtime.session import Session
 
 from .load import run_load
+
+#: What Linux says of this process.
+STATUS = Path("/proc/self/status")
 
 
 class Worker:
@@ -35,8 +39,10 @@ class Worker:
         self.load_ms = 1000 * (time.perf_counter() - started)
 
     def describe(self) -> dict[str, Any]:
-        """The engine's spec and what opening it took."""
-        return {"spec": self.session.spec.model_dump(), "load_ms": self.load_ms}
+        """The engine's spec, whether it runs on a GPU, and what opening it took."""
+        backend = self.session.backend
+        gpu = on_gpu(backend.name, backend.limits.provider)
+        return {"spec": backend.spec.model_dump(), "on_gpu": gpu, "load_ms": self.load_ms}
 
     def generate(self, text: str, prompt_tokens: int, output_tokens: int, batch: int) -> dict[str, Any]:
         """One run on the first ``prompt_tokens`` tokens of a text, timed token by token; in a batch all rows begin so.
@@ -106,6 +112,10 @@ class Worker:
 
     def memory(self) -> dict[str, Any]:
         """The most memory this process has held so far."""
+        if STATUS.is_file():
+            fields = dict(line.split(":", 1) for line in STATUS.read_text(encoding="utf-8").splitlines())
+            return {"peak_rss_mib": int(fields["VmHWM"].split()[0]) / 1024}
+        # Not so on Linux, where this begins with the memory of whoever started the process.
         unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
         return {"peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20}
 

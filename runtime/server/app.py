@@ -102,15 +102,15 @@ async def model(request: Request, name: str) -> Model:
 async def completions(request: Request, body: CompletionBody) -> Response:
     """Go on from prompts."""
     served: Served = request.app.state.served
-    _check(served, body, len(body.prompts))
     wanted = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    scored = body.logprobs if body.echo else None
+    _check(served, body, len(body.prompts) * (body.choices * bool(wanted) + (scored is not None)))
     if wanted == 0 and not body.echo:
         raise UsageError("max_tokens is 0.", expected="at least 1, or 'echo': true")
     prompts = await asyncio.to_thread(_encoded, served, body.prompts)
     params = [body.params(n, wanted, body.logprobs) if wanted else None for n in range(body.choices)]
     asked = [(ids, each) for ids in prompts for each in params]
     exchange = Exchange(served.scheduler, asked, streamed=bool(body.stream))
-    scored = body.logprobs if body.echo else None
     exchange.submit(request.receive, [] if scored is None else [(ids, scored) for ids in prompts])
     echoes = await _echoes(served, exchange, prompts, body) if body.echo else [("", list[Token]())] * len(prompts)
     each = [echo for echo in echoes for _ in range(body.choices)]
@@ -122,7 +122,7 @@ async def completions(request: Request, body: CompletionBody) -> Response:
 async def chat(request: Request, body: ChatBody) -> Response:
     """Answer a conversation through the model's own template."""
     served: Served = request.app.state.served
-    _check(served, body, 1)
+    _check(served, body, body.choices)
     messages = [message.plain for message in body.messages]
     try:
         ids = await asyncio.to_thread(served.session.encode, messages)
@@ -171,14 +171,14 @@ def _check_name(served: Served, name: str) -> None:
         raise ModelNotFoundError(f"The model {name!r} is not served here.", expected=served.name)
 
 
-def _check(served: Served, body: Body, prompts: int) -> None:
-    """Refuse what can be refused before its prompts are looked at."""
+def _check(served: Served, body: Body, places: int) -> None:
+    """Refuse what can be refused before its prompts are looked at; each answer and each scored prompt takes a place."""
     _check_name(served, body.model)
     body.check()
     most = served.session.backend.limits.max_batch + served.scheduler.policy.max_queue
-    if prompts * body.choices > most:
-        raise UsageError(f"{prompts * body.choices} answers were asked for at once.", expected=f"at most {most}")
-    served.scheduler.check(prompts * body.choices)
+    if places > most:
+        raise UsageError(f"{places} answers and scores were asked for at once.", expected=f"at most {most}")
+    served.scheduler.check(places)
 
 
 def _encoded(served: Served, prompts: Sequence[str] | Sequence[list[int]]) -> list[list[int]]:

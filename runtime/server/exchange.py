@@ -71,9 +71,7 @@ class Exchange:
             ClosedError: if the server is shutting down.
         """
         with self.failing():
-            self._scheduler.submit(list(self.jobs.values()))
-            for ids, top in scored:
-                self._scores.append(self._scheduler.score(ids, top))
+            self._scores = self._scheduler.submit(list(self.jobs.values()), scored)
         self._watching = asyncio.ensure_future(self._watch(receive))
 
     async def scores(self) -> list[list[Token]]:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from flabc import api, artifact
 from flabc.artifact import Artifact
@@ -14,14 +13,23 @@ from flabc.errors import UsageError, require
 from flabc.frozen import Frozen
 from flabc.perf import gate, gates, verdict_files
 from flabc.perf.gate import Check, Timed
-from flabc.perf.gates import Gates
+from flabc.perf.gates import Gates, QualityGate
 from flabc.perf.sequential import LOOKS, Outcome
-from flabc.runtime.evaluate.task import EvalOptions
+from flabc.runtime.evaluate.task import KL, EvalOptions
+from flabc.runtime.evaluate.task import check as check_task
 from flabc.runtime.measure.environment import environment
 from flabc.runtime.measure.pairs import Pair, measured_pairs
 from flabc.runtime.measure.process import opened
 from flabc.runtime.measure.result import Workload
-from flabc.runtime.measure.stored import Baseline, counted, measure_baseline, sizes_of, stored_pairs
+from flabc.runtime.measure.stored import (
+    PATIENCE,
+    Baseline,
+    counted,
+    measure_baseline,
+    never_alone,
+    sizes_of,
+    stored_pairs,
+)
 
 #: Pairs of runs in a baseline, and of an engine against itself.
 STORED_PAIRS = 40
@@ -77,7 +85,7 @@ def run(
         force: replace a folder that is not empty.
 
     Raises:
-        UsageError: if quality is to be compared with a baseline's file, which holds none.
+        UsageError: if quality is to be compared with a baseline's file, which holds none, or a task cannot be run.
         FlabcError: see ``flabc.errors``.
     """
     require("scipy", "eval")
@@ -86,8 +94,11 @@ def run(
     asked = config if isinstance(config, Gates) else gates.load(Path(config))
     engine, other = Path(candidate), Path(against)
     stored = Baseline.read(other) if other.suffix == ".json" else None
-    if stored is not None and any(each.max_worse is not None for each in asked.quality.values()):
-        raise UsageError("A baseline's file holds no answers to compare with.", fix="Give --against an engine.")
+    for task, wanted in asked.quality.items():
+        options = _options(task, wanted, allow_code_execution)
+        check_task(options)
+        if stored is not None and (wanted.max_worse is not None or options.name == KL):
+            raise UsageError("A baseline's file holds no answers to compare with.", fix="Give --against an engine.")
     checks = [gate.proven(Artifact.open(engine, "engine").manifest.receipts.get("parity"))] if asked.parity else []
     checks += _sizes(engine, stored or other, asked)
     speeds = _speeds(engine, stored or other, asked, corpus)
@@ -118,6 +129,7 @@ def noise(engine: str | Path, *, config: str | Path | Gates, corpus: str = "pyth
     """Measure an engine against itself, until the gates' budget is spent or there are enough pairs.
 
     Raises:
+        EngineError: if the machine is not left alone for long enough.
         FlabcError: see ``flabc.errors``.
     """
     require("scipy", "eval")
@@ -130,6 +142,8 @@ def noise(engine: str | Path, *, config: str | Path | Gates, corpus: str = "pyth
             quiet = pair.foreign_cores <= asked.max_foreign_cores
             kept += [pair] if quiet else []
             disturbed += not quiet
+            if disturbed > PATIENCE * STORED_PAIRS:
+                raise never_alone(pair.foreign_cores, asked.max_foreign_cores)
     return Noise(rises=gate.noise(kept, asked), limits=dict(asked.speed), pairs=len(kept), disturbed=disturbed)
 
 
@@ -192,7 +206,10 @@ def _sizes_of(engine: Path, asked: Gates) -> dict[str, float]:
 def _qualities(engine: Path, against: Path | None, asked: Gates, allowed: bool) -> list[Check]:
     checks: list[Check] = []
     for task, wanted in asked.quality.items():
-        options: dict[str, Any] = {"task": task, "corpus": wanted.corpus, "limit": wanted.limit}
-        evaluated = api.evaluate(engine, EvalOptions(**options, allow_code_execution=allowed), baseline=against)
+        evaluated = api.evaluate(engine, _options(task, wanted, allowed), baseline=against)
         checks += gate.graded(task, evaluated.rows[0], wanted)
     return checks
+
+
+def _options(task: str, wanted: QualityGate, allowed: bool) -> EvalOptions:
+    return EvalOptions(task=task, corpus=wanted.corpus, limit=wanted.limit, allow_code_execution=allowed)

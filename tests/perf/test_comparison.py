@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flabc.perf.comparison import compare
+from flabc.perf.estimates import mcnemar, mean_error, paired_test, pass_at_k, ratio_error
 from flabc.perf.evaluation import estimate, pairs, table
-from flabc.perf.statistics import mcnemar, mean_error, paired_test, pass_at_k, ratio_error
 from flabc.runtime.evaluate.record import Record
 from flabc.runtime.evaluate.task import EvalOptions
 from flabc.runtime.evaluate.tasks.robustness import NOMINAL

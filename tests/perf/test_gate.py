@@ -127,6 +127,20 @@ def test_a_value_may_be_bounded_whatever_the_baseline() -> None:
     assert (check.outcome, check.limit, check.samples) == ("fail", 0.1, 30)
 
 
+@pytest.mark.parametrize(("bound", "wanted"), [(0.4, "pass"), (0.5, "pass"), (0.51, "undecided"), (0.6, "fail")])
+def test_what_should_be_high_may_have_a_least_value(bound: float, wanted: str) -> None:
+    (check,) = gate.graded("humaneval", row(0, 0.02, higher=True), QualityGate(min_value=bound))
+    assert (check.outcome, check.limit) == (wanted, bound)
+    assert f"at least {bound:g}" in verdict_files.as_markdown([check])
+    assert verdict_files.as_benchmark([check]) == []  # a list of what should be low
+
+
+def test_a_bound_on_the_good_side_is_refused() -> None:
+    for higher, wrong in ((True, QualityGate(max_value=0.3)), (False, QualityGate(min_value=0.3))):
+        with pytest.raises(UsageError, match="bounds the good side"):
+            gate.graded("lm-eval:t", row(0, 0.01, higher=higher), wrong)
+
+
 def test_a_fall_that_cannot_be_measured_is_refused_and_not_passed_over() -> None:
     alone = row(0, 0.01, higher=False).model_copy(update={"difference": None})
     with pytest.raises(UsageError, match="kl has no difference to a baseline"):
@@ -172,7 +186,11 @@ def test_files_for_people_and_for_ci(tmp_path: Path) -> None:
         ("a: [", "not valid YAML"),
         ("", "top level: Input should be a valid dictionary"),
         ("parity: false", "these gates let everything through"),
-        ("quality: {kl: {}}", "quality.kl: expected max_worse or max_value"),
+        ("quality: {kl: {}}", "quality.kl: expected max_worse, max_value or min_value"),
+        ("quality: {humanevl: {max_worse: 0.1}}", "Did you mean 'humaneval'"),
+        ("quality: {humaneval: {max_value: 0.3}}", "more is better of humaneval: expected min_value"),
+        ("quality: {perplexity: {min_value: 3}}", "less is better of perplexity: expected max_value"),
+        ("quality: {kl: {max_worse: 0.1}}", "kl is a comparison already: expected max_value"),
     ],
 )
 def test_a_wrong_gates_file_names_the_field(tmp_path: Path, text: str, problem: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from flabc.perf import load_table, plots, report
-from flabc.perf.statistics import median_ratio_block_interval, percentile_intervals
+from flabc.perf.estimates import median_ratio_block_interval, percentile_intervals
 from flabc.runtime.measure.result import BenchResult, LoadCell, LoadPlan, LoadResult, LoadRun, Request
 
 

@@ -73,6 +73,8 @@ def test_phases_as_shares_of_the_roofline_by_hand(result: BenchResult) -> None:
 
 def test_without_a_roofline_there_are_no_shares_and_no_conversion_without_bytes(result: BenchResult) -> None:
     assert conversion(result) is None
+    on_gpu = result.model_copy(update={"candidate": result.candidate.model_copy(update={"on_gpu": True})})
+    assert "peak memory of the host" in {row.label for row in rows(on_gpu)}
     assert "decode_bandwidth" not in {row.key for row in rows(limited(result).model_copy(update={"roofline": None}))}
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from pydantic import ValidationError
 
@@ -68,22 +69,22 @@ def test_a_sweep_measures_every_cell_in_turns(
     assert (result.candidate.energy.joules_per_token is None) == (result.candidate.energy.missing is not None)
 
 
-def test_energy_is_of_all_tokens_of_a_batch_by_the_providers_counter(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+def test_energy_is_of_all_tokens_of_a_batch_by_the_counter_of_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
 
     class Counter:
         name = "test"
 
-    def find(provider: str) -> Counter:
-        asked.append(provider)
+    def find(*, on_gpu: bool) -> Counter:
+        asked.append(on_gpu)
         return Counter()
 
     monkeypatch.setattr(bench, "find_counter", find)
     monkeypatch.setattr(bench, "measure_energy", lambda counter, work: work())
     timed: Any = Timed(1)
-    workload = SMALL.model_copy(update={"batch": 3, "provider": "cuda"})
-    assert bench._energy(timed, TEXT, workload) == 3 * SMALL.output_tokens
-    assert asked == ["cuda"]
+    timed.on_gpu = True
+    assert bench._energy(timed, TEXT, SMALL.model_copy(update={"batch": 3})) == 3 * SMALL.output_tokens
+    assert asked == [True]
 
 
 def test_the_provider_reaches_the_worker(tiny_engine: Path) -> None:
@@ -105,6 +106,17 @@ def test_a_worker_that_dies_is_told_with_its_exit_code(tiny_engine: Path) -> Non
     with pytest.raises(EngineError, match="exit code -9"):
         worker.run(TEXT, SMALL)
     worker.close()
+
+
+def test_peak_memory_is_the_workers_own_and_not_what_began_it(tiny_engine: Path) -> None:
+    held = np.ones(512 * 2**20, np.uint8)
+    worker = process.Process(tiny_engine, SMALL)
+    worker.run(TEXT, SMALL)
+    own = psutil.Process(worker.pid).memory_info().rss / 2**20
+    peak = worker.call("memory")["peak_rss_mib"]
+    worker.close()
+    assert held.nbytes == 512 * 2**20
+    assert own <= peak < own + 200
 
 
 def test_a_text_too_short_for_the_prompt_is_refused(tiny_engine: Path) -> None:

@@ -104,3 +104,10 @@ def test_what_compiles_and_what_runs_engines_on_the_gpu(monkeypatch: pytest.Monk
     there["triton"] = true("json")
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert found("small kernels fused").detail == "no C compiler, which Triton needs"
+
+
+def test_a_broken_package_is_a_finding_and_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(onnxruntime, "get_available_providers")  # as a half removed package is
+    finding = found("execution providers")
+    assert (finding.status, finding.fix) == ("problem", "pip install --force-reinstall onnxruntime")
+    assert "AttributeError" in finding.detail

@@ -11,9 +11,10 @@ import pytest
 from flabc.runtime.measure.energy import WINDOW_S, Nvml, Rapl, find_counter, measure_energy
 
 
-def zone(folder: Path, name: str, microjoules: int, most: int = 10**12) -> Path:
+def zone(folder: Path, name: str, microjoules: int, most: int = 10**12, domain: str = "package-0") -> Path:
     (folder / name).mkdir()
     (folder / name / "energy_uj").write_text(f"{microjoules}\n")
+    (folder / name / "name").write_text(f"{domain}\n")
     (folder / name / "max_energy_range_uj").write_text(f"{most}\n")
     return folder / name
 
@@ -21,6 +22,7 @@ def zone(folder: Path, name: str, microjoules: int, most: int = 10**12) -> Path:
 def test_packages_are_summed_and_their_parts_are_not(tmp_path: Path) -> None:
     zone(tmp_path, "intel-rapl:0", 2_000_000), zone(tmp_path, "intel-rapl:1", 3_000_000)
     zone(tmp_path, "intel-rapl:0:0", 1_500_000)  # the cores of package 0
+    zone(tmp_path, "intel-rapl:2", 9_000_000, domain="psys")  # the whole machine, the packages among it
     counter = find_counter(powercap=tmp_path)
     assert isinstance(counter, Rapl)
     assert counter.joules() == pytest.approx(5)
@@ -44,14 +46,14 @@ def test_without_a_counter_the_reason_is_told(tmp_path: Path) -> None:
 
 def test_a_gpu_is_read_by_nvml_or_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert str(find_counter("cuda")).startswith("NVML cannot be read")
+    assert str(find_counter(on_gpu=True)).startswith("NVML cannot be read")
     library = ModuleType("pynvml")
     library.NVMLError = type("NVMLError", (Exception,), {})  # type: ignore[attr-defined]
     library.nvmlInit = lambda: None  # type: ignore[attr-defined]
     library.nvmlDeviceGetHandleByIndex = lambda index: ("device", index)  # type: ignore[attr-defined]
     library.nvmlDeviceGetTotalEnergyConsumption = lambda device: 1500 if device == ("device", 0) else 0  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pynvml", library)
-    counter = find_counter("cuda")
+    counter = find_counter(on_gpu=True)
     assert isinstance(counter, Nvml)
     assert counter.joules() == 1.5
 
@@ -59,7 +61,7 @@ def test_a_gpu_is_read_by_nvml_or_the_reason_is_told(monkeypatch: pytest.MonkeyP
         raise library.NVMLError("Driver Not Loaded")
 
     library.nvmlInit = no_driver  # type: ignore[attr-defined]
-    assert find_counter("tensorrt") == "NVML cannot be read: Driver Not Loaded"
+    assert find_counter(on_gpu=True) == "NVML cannot be read: Driver Not Loaded"
 
 
 class Machine:

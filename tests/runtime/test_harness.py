@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,9 +13,11 @@ import pytest
 from flabc import api
 from flabc.errors import UsageError
 from flabc.runtime.backend import Limits
-from flabc.runtime.evaluate.harness import _likelihoods, language_model
+from flabc.runtime.batch import generate_batch
+from flabc.runtime.evaluate.harness import _generate, _likelihoods, language_model
 from flabc.runtime.evaluate.perplexity import target_nll
 from flabc.runtime.evaluate.task import EvalOptions
+from flabc.runtime.sampling import SamplingParams
 from flabc.runtime.session import Session
 
 if TYPE_CHECKING:
@@ -131,3 +134,36 @@ def test_a_task_that_it_does_not_know_is_named(tiny_engine: Path) -> None:
         api.evaluate(tiny_engine, EvalOptions(task="lm-eval:arc_eazy"))
     with pytest.raises(UsageError, match="--task lm-eval:"):
         api.evaluate(tiny_engine, EvalOptions(task="lm-eval"))
+
+
+ROLLING = """
+output_type: loglikelihood_rolling
+doc_to_target: "{{question}}"
+metric_list:
+  - {metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
+"""
+
+
+def test_what_is_no_mean_over_documents_is_named_and_not_averaged(
+    tiny_engine: Path, tasks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = TASK.format(name="flabc_rolling", file=tasks / "questions.jsonl")
+    (tasks / "rolling.yaml").write_text(given + ROLLING)
+    with pytest.raises(UsageError, match="more is better: flabc_rolling word_perplexity"):
+        api.evaluate(tiny_engine, EvalOptions(task="lm-eval:flabc_rolling", data=tasks))
+    both = api.evaluate(tiny_engine, EvalOptions(task="lm-eval:flabc_rolling,flabc_choice", data=tasks))
+    assert [row.metric for row in both.rows] == ["flabc_choice acc", "flabc_choice acc_norm"]
+    assert "left out, since no mean over documents of which more is better: flabc_rolling" in capsys.readouterr().err
+
+
+def test_a_task_that_asks_for_more_than_there_is_room_for_still_shows_its_prompts(
+    tiny_engine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = Session.open(tiny_engine, limits=Limits(max_length=64))
+    context = "def add(a, b):\n    return a + b\n" * 20
+    (answer,) = _generate(session, [SimpleNamespace(args=(context, {"max_gen_toks": 32768}))])
+    ids = session.encode(context)
+    assert len(ids) > 64
+    shown = SamplingParams(max_tokens=32)
+    assert answer == dict(generate_batch(session, [ids[-32:]], [shown]))[0].text
+    assert "room for 64 tokens, so 1 of 1 prompts were cut off in front, and 1 answers" in capsys.readouterr().err

@@ -484,7 +484,7 @@ def test_whoever_counts_may_fail(on_engine: Alone) -> None:
 def test_closing_leaves_no_text_behind(on_engine: Alone, scheduler: Callable[..., Scheduler]) -> None:
     running = scheduler()
     heard, _ = held(on_engine, running, 1)
-    scores = [running.score(on_engine.ids[:20]) for _ in range(3)]
+    scores = running.submit([], [(on_engine.ids[:20], 0)] * 3)
     closing = threading.Thread(target=running.close)
     closing.start()
     while running.accepting:
@@ -498,7 +498,7 @@ def test_closing_leaves_no_text_behind(on_engine: Alone, scheduler: Callable[...
 def test_a_text_that_waited_too_long_is_not_scored(on_engine: Alone, scheduler: Callable[..., Scheduler]) -> None:
     running = scheduler(timeout_s=0.2)
     heard, _ = held(on_engine, running, 1)
-    score = running.score(on_engine.ids[:20])
+    (score,) = running.submit([], [(on_engine.ids[:20], 0)])
     threading.Event().wait(0.3)
     heard.gate.set()
     assert isinstance(score.exception(10), DeadlineError)
@@ -519,13 +519,14 @@ def test_no_more_are_said_to_wait_than_may(on_engine: Alone, scheduler: Callable
 
 def test_a_text_is_scored_between_steps(on_engine: Alone, scheduler: Callable[..., Scheduler]) -> None:
     running, ids = scheduler(), on_engine.ids[:20]
-    tokens = running.score(ids, top=2).result(30)
+    (scores,) = running.submit([], [(ids, 2)])
+    tokens = scores.result(30)
     logits = on_engine.session.backend.score(np.array([ids]))[0].astype(np.float64)
     expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     assert [token.id for token in tokens] == ids[1:]
     np.testing.assert_allclose([token.logprob for token in tokens], expected[np.arange(19), ids[1:]], atol=1e-4)
     assert [token.top[0][0] for token in tokens] == expected[:-1].argmax(-1).tolist()
-    assert running.score(ids[:1]).result(30) == []
+    assert [score.result(30) for score in running.submit([], [(ids[:1], 0)])] == [[]]
 
 
 def test_ids_that_the_model_has_not_are_refused(on_engine: Alone) -> None:

@@ -255,6 +255,7 @@ def test_200_mixed_requests_are_answered_as_alone(folder: str, request: pytest.F
         ({"max_tokens": 0, "echo": True, "logprobs": 1, "prompt": "a " * 400}, 400, f"fewer than {LENGTH}"),
         ({"temperature": 3}, 400, "temperature"),
         ({"n": 99}, 400, "99 answers.*at most 68"),
+        ({"n": 1, "echo": True, "logprobs": 1, "prompt": ["a"] * 35}, 400, "70 answers and scores.*at most 68"),
         ({"response_format": {"type": "json_object"}}, 400, "'response_format' is not supported"),
         ({"logit_bias": {"5": 1}}, 400, "'logit_bias' is not supported"),
         ({"best_of": 4}, 400, "'best_of' is not supported"),

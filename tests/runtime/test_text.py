@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from flabc.errors import EngineError
 from flabc.runtime.answer import StopFilter
@@ -71,6 +72,22 @@ def test_streaming_gives_whole_characters_and_all_of_them(codec: TextCodec, text
     expected = normalizer.normalize_str(text) if normalizer else text
     assert "".join(pieces) == codec.decode(ids) == expected
     assert not any("\ufffd" in piece for piece in pieces if "\ufffd" not in text)
+
+
+def test_a_text_stays_whole_whatever_the_last_training_run_left_in_the_file(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    shutil.copy(tiny_checkpoint / "tokenizer_config.json", tmp_path)
+    trained = Tokenizer.from_file(str(tiny_checkpoint / "tokenizer.json"))
+    trained.enable_truncation(4)
+    trained.enable_padding(length=12, pad_token="<|im_end|>", pad_id=2)
+    trained.save(str(tmp_path / "tokenizer.json"))
+    text = "def f(a, b):\n    return a * b + 1\n"
+    ids = AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"]
+    assert len(ids) > 12
+    assert TextCodec(tmp_path).encode(text) == ids
 
 
 MESSAGES = [{"role": "system", "content": "Be <b>brief</b>."}, {"role": "user", "content": 'Say "ü" & 😀'}]
@@ -147,6 +164,23 @@ def test_templates_render_as_in_transformers(
 def test_the_template_of_the_model_is_the_one_used(codec: TextCodec, tokenizer: Any) -> None:
     expected = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
     assert codec.render(MESSAGES) == expected
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_older_folders_keep_the_template_in_the_tokenizers_config(
+    tiny_checkpoint: Path, tmp_path: Path, several: bool
+) -> None:
+    from transformers import AutoTokenizer
+
+    config = json.loads((tiny_checkpoint / "tokenizer_config.json").read_text(encoding="utf-8"))
+    template = TEMPLATES["chatml"]
+    named = [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": template}]
+    config["chat_template"] = named if several else template
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    shutil.copy(tiny_checkpoint / "tokenizer.json", tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    expected = theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert TextCodec(tmp_path).render(MESSAGES) == expected
 
 
 def test_a_special_token_that_is_null_is_undefined_as_in_transformers(tiny_checkpoint: Path, tmp_path: Path) -> None:

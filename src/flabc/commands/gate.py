@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,7 +77,7 @@ def run(
     """
     from flabc import gating
 
-    try:
+    with _no_verdict():
         found = gating.run(
             candidate,
             against,
@@ -85,9 +87,6 @@ def run(
             allow_code_execution=allow_code_execution,
             force=force,
         )
-    except FlabcError as error:  # 1 is for an engine that was judged
-        error.exit_code = EXIT["undecided"] if isinstance(error, EngineError) else UsageError.exit_code
-        raise
     emit(as_json, found, lambda: _show(found))
     context.exit(EXIT[found.verdict])
 
@@ -106,7 +105,8 @@ def noise(context: click.Context, engine: Path, config: Path, corpus: str, as_js
     """
     from flabc import gating
 
-    found = gating.noise(engine, config=config, corpus=corpus)
+    with _no_verdict():
+        found = gating.noise(engine, config=config, corpus=corpus)
     emit(as_json, found, lambda: _show_noise(found))
     context.exit(EXIT["undecided"] if found.too_tight else EXIT["pass"])
 
@@ -125,8 +125,19 @@ def baseline(engine: Path, config: Path, output: Path, corpus: str, as_json: boo
     """
     from flabc import gating
 
-    made = gating.baseline(engine, output, config=config, corpus=corpus)
+    with _no_verdict():
+        made = gating.baseline(engine, output, config=config, corpus=corpus)
     emit(as_json, made, lambda: click.echo(f"{output}: {len(made.runs)} runs on {made.environment['cpu']}"))
+
+
+@contextmanager
+def _no_verdict() -> Iterator[None]:
+    """Exit codes of errors: 1 is for an engine that was judged."""
+    try:
+        yield
+    except FlabcError as error:
+        error.exit_code = EXIT["undecided"] if isinstance(error, EngineError) else UsageError.exit_code
+        raise
 
 
 def _show(found: Gated) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flabc.perf.statistics import median, median_ratio, median_ratio_interval, percentile, percentiles
+from flabc.perf.estimates import median, median_ratio, median_ratio_interval, percentile, percentiles
 
 
 def drawn(seed: int, middle: float, count: int = 200) -> list[float]:
