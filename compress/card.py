@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flabc.families import Part
+from flabc.families.per_layer import MODELING
 from flabc.spec import ModelSpec
 
 #: Width of a layer's bar, height of the tallest, and room for the words, in the picture's units.
@@ -32,7 +33,7 @@ def write(
     """Write ``README.md`` and ``shape.svg``.
 
     Args:
-        folder: where to.
+        folder: where to; the checkpoint lies there already.
         before: the dense model.
         after: the cut model.
         origin: which layer of the dense model each layer was.
@@ -42,7 +43,13 @@ def write(
         quality: bits per byte of held-out text, ``dense`` and ``pruned``, if it was measured.
     """
     facts = {"before": before, "after": after, "source": Path(source).name, "recipe": recipe, "stages": stages}
-    card = _render("card.md.jinja", **facts, quality=quality, version=metadata.version("flabc"))
+    card = _render(
+        "card.md.jinja",
+        **facts,
+        quality=quality,
+        own_module=(folder / MODELING).is_file(),
+        version=metadata.version("flabc"),
+    )
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / "shape.svg").write_text(_render("shape.svg.jinja", **_picture(before, after, origin)), encoding="utf-8")
 

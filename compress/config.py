@@ -57,7 +57,7 @@ class Amount(Frozen):
 
 
 class Target(Amount):
-    """How much of the model is to be left over; stages cut until it is reached and never beyond it."""
+    """How much of the model is to be left over; stages cut until it is reached, and no further."""
 
     amounts = ("params", "block_params", "bytes")
     params: Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(gt=1)] | None = Field(

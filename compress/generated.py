@@ -7,14 +7,18 @@ for quantisation and sparsity.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from flabc.console import progress
 from flabc.errors import CorpusError
+from flabc.families.per_layer import PER_LAYER
 
+from . import checkpoint
 from .config import Calibration
 from .data.corpus import Document, names_of
 from .gguf_file import quiet_transformers
@@ -119,6 +123,12 @@ def _network(model: CausalLM, dtype: torch.dtype) -> Any:
     """The model in transformers."""
     import transformers
 
+    if PER_LAYER in checkpoint.config_of(model):  # the family's own class cannot build it
+        with tempfile.TemporaryDirectory(prefix="flabc-") as folder:
+            checkpoint.write(model, Path(folder))
+            from .recover import open_model
+
+            return open_model(Path(folder), model.spec).to(dtype).eval()
     with quiet_transformers():
         network: Any = getattr(transformers, model.family.architecture).from_pretrained(
             None,

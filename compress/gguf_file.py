@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,8 +15,25 @@ from flabc.pre_tokenizers import PRE_TOKENIZERS
 
 from .location import Location
 
+T = TypeVar("T")
 
-@lru_cache(maxsize=1)
+
+def _remembered(function: Callable[[Location], T]) -> Callable[[Location], T]:
+    """The last answer is kept for as long as the file stays as it is."""
+
+    @lru_cache(maxsize=1)
+    def answer(location: Location, changed_ns: int, size: int) -> T:
+        return function(location)
+
+    @wraps(function)
+    def remembering(location: Location) -> T:
+        found = (location.folder / str(location.file)).stat()
+        return answer(location, found.st_mtime_ns, found.st_size)
+
+    return remembering
+
+
+@_remembered
 def gguf_config(location: Location) -> Mapping[str, Any]:
     """What a GGUF's header says, as a config of transformers; it takes seconds."""
     from transformers import AutoConfig
@@ -139,7 +156,7 @@ def _value(location: Location, key: str) -> Any:
     return field.contents() if field else None
 
 
-@lru_cache(maxsize=1)
+@_remembered
 def _reader(location: Location) -> Any:
     from gguf import GGUFReader
 

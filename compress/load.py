@@ -52,7 +52,7 @@ def load(model: str, *, tie: bool = False, stream: bool = False, pickled: bool =
         ModelError: if it cannot be read, is incomplete, or holds numbers that are not finite.
         UnknownNameError: if the name or the family is not known.
     """
-    location = locate(model)
+    location = locate(model, pickled=pickled)
     with progress(f"reading {model}"):
         loaded = _read(location, stream=stream, pickled=pickled)
         check_weights(loaded)
@@ -79,7 +79,7 @@ def _read(location: Location, *, stream: bool = False, pickled: bool = False) ->
         generation_config=_generation_config(location, config),
         tokenizer=tokenizer,
         weights=weights,
-        source=SourceRecord(name=location.name, files=_source_hashes(location)),
+        source=SourceRecord(name=location.name, files=source_hashes(location)),
         token_origin=tuple(range(spec.vocab_size)),
         layer_origin=tuple(range(len(spec.layers))),
     )
@@ -190,7 +190,8 @@ def _generation_config(location: Location, config: Mapping[str, Any]) -> dict[st
     return {key: config[key] for key in keys if config.get(key) is not None}
 
 
-def _source_hashes(location: Location) -> dict[str, str]:
+def source_hashes(location: Location) -> dict[str, str]:
+    """The sha256 of every file that holds weights."""
     files = [location.folder / location.file] if location.file else shards(location.folder, pickled=True)
     return {file.name: sha256(file) for file in files}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,11 @@ ALIASES = {
 }
 
 
+#: What is fetched of a model of the hub: files beside its weights, and weights.
+BESIDE_WEIGHTS = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
+SAFE, PICKLED = "*.safetensors", "pytorch_model*.bin"
+
+
 @dataclass(frozen=True)
 class Location:
     """Where a model is: ``file`` is set for a GGUF, else ``folder`` is a Hugging Face folder."""
@@ -33,8 +39,13 @@ class Location:
         return {"gguf_file": self.file} if self.file else {}
 
 
-def locate(model: str) -> Location:
+def locate(model: str, *, weights: bool = True, pickled: bool = False) -> Location:
     """Find a model by alias, path or hub id.
+
+    Args:
+        model: one of these.
+        weights: whether a model of the hub is fetched with its weights.
+        pickled: whether its weights may come as pickles.
 
     Raises:
         ModelError: if it is none of these, or if the package or hub that holds it cannot be reached.
@@ -49,7 +60,7 @@ def locate(model: str) -> Location:
             raise ModelError(f"{model} is not a model folder.", expected="a config.json in it")
         return Location(model, path)
     if model.count("/") == 1 and not path.parent.exists():
-        return _from_hub(model)
+        return _from_hub(model, [SAFE] * weights + [PICKLED] * (weights and pickled))
     raise UnknownNameError("model", model, [*ALIASES, "FOLDER", "FILE.gguf", "owner/name"])
 
 
@@ -64,13 +75,12 @@ def _packaged(alias: str) -> Location:
     return Location(alias, Path(next(iter(found.submodule_search_locations))), file)
 
 
-def _from_hub(model: str) -> Location:
+def _from_hub(model: str, weights: Sequence[str]) -> Location:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
     try:
-        return Location(model, Path(snapshot_download(model, allow_patterns=patterns)))
+        return Location(model, Path(snapshot_download(model, allow_patterns=[*BESIDE_WEIGHTS, *weights])))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"The hub does not give {model!r}: {error}", fix="Download the model and give its folder instead."

@@ -375,19 +375,17 @@ def _arguments(options: Recovery, steps: int, folder: Path, device: str) -> Trai
     )
 
 
-def teacher_of(model: Any, vocab_map: Sequence[int] | None, vocab_size: int, device: str) -> Teacher:
+def teacher_of(model: Any, ids: Sequence[int], device: str) -> Teacher:
     """A teacher whose tokens are the student's.
 
     Args:
         model: the teacher.
-        vocab_map: its id of each of the student's tokens; None if they are the same.
-        vocab_size: the student's.
+        ids: its id of each of the student's tokens.
         device: a torch device.
 
     Raises:
         ModelError: if the student has tokens that the teacher lacks.
     """
-    ids = list(vocab_map) if vocab_map is not None else list(range(vocab_size))
     theirs = int(model.config.vocab_size)
     if max(ids) >= theirs:
         raise ModelError(
@@ -396,4 +394,4 @@ def teacher_of(model: Any, vocab_map: Sequence[int] | None, vocab_size: int, dev
             found=str(theirs),
             fix="Give the dense model as --teacher.",
         )
-    return Teacher(model.to(device).eval().requires_grad_(False), torch.tensor(ids, device=device))
+    return Teacher(model.to(device).eval().requires_grad_(False), torch.tensor(list(ids), device=device))

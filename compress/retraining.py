@@ -104,7 +104,7 @@ def _trained(
     if options.share_of_kl(teacher=True):
         dense = cut_vocab(context.dense, model.token_origin)
         opened = _opened(dense, scratch / "dense")
-        teacher = recover.teacher_of(opened, None, model.spec.vocab_size, device)
+        teacher = recover.teacher_of(opened, range(model.spec.vocab_size), device)
     student = _opened(model, scratch / "model")
     return recover.train(student, teacher, examples, dev, options, scratch / "states", pad=0, device=device)
 

@@ -1,7 +1,7 @@
 """What a stage is: it makes a plan that can be printed, and applies a plan exactly.
 
-Nothing is cut while a plan is made. A stage never cuts below the recipe's target: ``Context.spare`` says how many
-parameters may still go.
+Nothing is cut while a plan is made. A stage stops at the recipe's target, but for the step that sizes are rounded by:
+``Context.spare`` says how many parameters may still go.
 """
 
 from __future__ import annotations

@@ -125,6 +125,7 @@ def widths(model: CausalLM, config: WidthsConfig, context: Context, worth: Mappi
     if config.rates is not None:
         left = _explicit(found, pools, config.rates)
         _check_something_stays(model, found, left)
+        _check_not_beyond(model, context, pools, left)
     else:
         left = ALLOCATIONS[config.allocation].allot(pools, to_remove(total, config, context, model), config.slope)
     _check_reached(config, context, model, pools, left)
@@ -185,6 +186,23 @@ def _check_something_stays(model: CausalLM, found: Sequence[Place], left: Sequen
     """
     if not any(left) and len(found) == len(places(model, list(KINDS))):
         raise StageError("The rates remove every sub-block of the model.", expected="one rate below 1")
+
+
+def _check_not_beyond(model: CausalLM, context: Context, pools: Sequence[Pool], left: Sequence[int]) -> None:
+    """Rates may not take more than a target leaves to be taken, but for the step that widths are rounded by.
+
+    Raises:
+        StageError: if they do.
+    """
+    gone = sum((pool.units - units) * pool.price for pool, units in zip(pools, left, strict=True))
+    if gone - max(pool.step * pool.price for pool in pools) > context.spare(model):
+        share = (model.spec.num_parameters - gone) / context.dense.spec.num_parameters
+        raise StageError(
+            "The widths stage's 'rates' remove more than the target allows.",
+            expected=f"at most {context.spare(model):,} parameters to remove",
+            found=f"{gone:,}, which leaves {share:.1%} of the dense model",
+            fix="Leave 'rates' or 'target' away, or search for rates anew: flabc search --target.",
+        )
 
 
 def _check_reached(

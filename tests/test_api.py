@@ -16,7 +16,7 @@ from flabc.recipe import load as load_recipe
 from flabc.recipe import parse
 from flabc.runtime.evaluate.task import EvalOptions
 from flabc.runtime.measure.result import Workload
-from flabc.spec import ModelSpec
+from flabc.spec import LayerSpec, ModelSpec
 
 
 def test_every_exported_name_is_there_and_documented() -> None:
@@ -130,3 +130,29 @@ def test_a_model_too_short_to_be_checked_is_refused(tmp_path: Path, short_model:
     with pytest.raises(ModelError, match=r"at least 192.*Found: 64"):
         api.export(short_model, tmp_path / "engine")
     assert not list(tmp_path.iterdir())
+
+
+def test_savings_are_of_each_layers_own_sizes() -> None:
+    """By hand: a channel of a Llama's FFN is three rows of hidden_size."""
+    sizes = ((6, 2, 256), (0, 0, 128), (3, 1, 32))
+    layers = tuple(
+        LayerSpec(num_attention_heads=heads, num_key_value_heads=groups, intermediate_size=width)
+        for heads, groups, width in sizes
+    )
+    spec = ModelSpec(
+        family="llama",
+        hidden_size=48,
+        head_dim=16,
+        vocab_size=700,
+        layers=layers,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        flags={"attention_bias": False, "mlp_bias": False},
+    )
+    found = api.savings(spec)
+    gone = 48  # the norm before a sub-block goes with all of it
+    assert found["64 FFN channels in every layer"] == 3 * 48 * (64 + 64 + 32) + gone
+    group = 3 * 16 * 48 * 2 + 2 * 16 * 48  # of q and o, and of k and v
+    assert found["one attention group in every layer"] == 2 * group + gone

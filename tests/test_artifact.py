@@ -12,7 +12,8 @@ import pytest
 
 from flabc import artifact
 from flabc.artifact import Artifact
-from flabc.errors import ArtifactError
+from flabc.errors import ArtifactError, EngineError
+from flabc.spec import LayerSpec, ModelSpec
 
 
 def write(out: Path, content: str = "content", *, force: bool = False) -> Path:
@@ -57,6 +58,23 @@ def test_a_harmed_folder_is_refused_and_the_file_named(tmp_path: Path, harm: str
 def test_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="'engine'"):
         Artifact.open(write(tmp_path / "out"), "engine")
+
+
+def test_a_report_is_no_model_though_it_knows_one(tmp_path: Path) -> None:
+    with artifact.create(tmp_path / "report", "report") as draft:
+        draft.spec = ModelSpec(
+            family="llama",
+            hidden_size=8,
+            head_dim=4,
+            vocab_size=16,
+            layers=(LayerSpec(num_attention_heads=2, num_key_value_heads=1, intermediate_size=8),),
+            max_position_embeddings=8,
+            tie_word_embeddings=True,
+            rms_norm_eps=1e-5,
+            rope_theta=1e4,
+        )
+    with pytest.raises(EngineError, match="is a report, which cannot be run"):
+        _ = Artifact.open(tmp_path / "report").model
 
 
 def test_a_full_folder_is_kept_unless_forced(tmp_path: Path) -> None:

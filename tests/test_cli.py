@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 import pytest
 
+from flabc.artifact import sha256
 from flabc.cli import cli
 
 FLABC = [sys.executable, "-c", "from flabc.cli import main; main()"]
@@ -71,7 +72,9 @@ def test_every_command_takes_json(command: click.Command) -> None:
         (["eval", "x", "--task", "perplexty"], 1, "Did you mean 'perplexity'"),
         (["run", "nowhere", "hello"], 1, "is no model"),
         (["bench", "a", "--baseline", "b", "-o", "c"], 1, "not a flabc artifact"),
-        (["run", "e", "x", "--temperature", "-1"], 2, "temperature"),
+        (["run", "e", "x", "--temperature", "-1"], 2, "These options do not fit: temperature: "),
+        (["run", "def is_prime(n):"], 2, "There is no folder 'def is_prime(n):'. Expected: ENGINE and PROMPT"),
+        (["bench", "--shape", "llama-2-70b", "--provider", "cpu"], 2, "--provider says nothing of a shape"),
         (["recipes", "flab"], 1, "Did you mean"),
     ],
 )
@@ -123,6 +126,14 @@ def test_the_project_file_stands_in_for_every_argument(tiny: object, tiny_recipe
     again = flabc("compress", cwd=tmp_path)
     assert again.returncode == 1
     assert "--force" in again.stderr
+    other = flabc("export", "-o", "another", cwd=tmp_path)  # the dense engine is in the way
+    assert (other.returncode, (tmp_path / "another").exists()) == (1, False)
+    assert "dense-engine" in other.stderr
+    made = json.loads((tmp_path / "dense-engine" / "flabc.json").read_text())["source"]
+    assert made["files"]["model.safetensors"] == sha256(Path(model) / "model.safetensors")
+    engine = flabc("export", "engine", "-o", "again", cwd=tmp_path)
+    assert engine.returncode == 2
+    assert "engine is an engine. Expected: a checkpoint" in engine.stderr
 
 
 def test_bench_measures_loads(tiny_engine: Path, tiny_dense_engine: Path, tmp_path: Path) -> None:

@@ -179,6 +179,28 @@ def test_what_quality_cannot_be_is_told_before_anything_is_timed(
         gating.run(tiny_dense_engine, tmp_path / "b.json", config=compared)
 
 
+def test_a_baseline_goes_where_it_is_told_and_replaces_nothing_unasked(
+    tiny_dense_engine: Path, config: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "perf" / "baseline" / "engine.json"
+    given = ("baseline", tiny_dense_engine, "--gates", config, "-o", file)
+    assert run(*given).exit_code == 0
+    before = file.read_bytes()
+    again = run(*given)
+    assert isinstance(again.exception, ArtifactError)
+    assert "--force" in str(again.exception)
+    assert file.read_bytes() == before
+
+
+def test_a_fault_of_ours_is_no_verdict(tiny_dense_engine: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FLABC_TRACEBACK", raising=False)
+    monkeypatch.setattr(gating, "run", lambda *_, **__: 1 / 0)
+    found = run("run", "--candidate", tiny_dense_engine, "--against", tiny_dense_engine, "--gates", config)
+    assert isinstance(found.exception, FlabcError)
+    assert "Unexpected ZeroDivisionError" in str(found.exception)
+    assert found.exception.exit_code == 3
+
+
 def test_a_baseline_is_not_made_of_a_gpu(tiny_dense_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Process, "on_gpu", True)
     with pytest.raises(EngineError, match="runs on a GPU"):

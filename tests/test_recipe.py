@@ -69,12 +69,35 @@ def test_an_override_that_leads_nowhere_is_refused(override: str) -> None:
         ({"stage": "vocabs"}, "Unknown stage 'vocabs'. Did you mean 'vocab'"),
         ({"stage": "widths", "rate": 0.1, "score": "activatoin"}, "Did you mean 'activation'"),
         ({"stage": "layers", "count": 1, "criterion": "kll"}, "Did you mean 'kl'"),
+        (
+            {"stage": "vocab", "covrage": 0.9},
+            "stages.0.vocab.covrage: Unknown field 'covrage'. Did you mean 'coverage'",
+        ),
     ],
 )
 def test_a_misspelt_name_gets_a_guess(tmp_path: Path, stage: dict[str, object], guess: str) -> None:
     with pytest.raises((UnknownNameError, RecipeError), match=guess) as told:
         recipe.load(write(tmp_path, stages=[stage]))
     assert "at least 1 item" not in str(told.value)
+
+
+def test_a_misspelt_field_gets_a_guess_at_every_depth(tmp_path: Path) -> None:
+    file = write(tmp_path, stages=[{"stage": "vocab"}])
+    for override, guess in (("target.parms=0.5", "params"), ("calibration.sequencs=4", "sequences"), ("nam=x", "name")):
+        with pytest.raises(RecipeError, match=f"Did you mean '{guess}'"):
+            recipe.load(file, [override])
+
+
+def test_an_override_that_may_mean_two_stages_is_refused(tmp_path: Path) -> None:
+    file = write(tmp_path, stages=[{"stage": "widths", "rate": 0.1}, {"stage": "widths", "rate": 0.2}])
+    with pytest.raises(RecipeError, match=r"may mean several widths stages.*stages\.0, stages\.1"):
+        recipe.load(file, ["stages.widths.score=wanda"])
+
+
+@pytest.mark.parametrize("value", ["*.py", "@all", "[1", "%x"])
+def test_a_value_that_is_no_yaml_says_how_to_quote_it(value: str) -> None:
+    with pytest.raises(RecipeError, match=r"is no YAML.*Quote it"):
+        recipe.load("flab-22", [f"calibration.corpus={value}"])
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,10 @@ from flabc.artifact import Artifact
 from flabc.cli import cli
 from flabc.compress import checkpoint, load
 from flabc.compress.config import Recovery
-from flabc.errors import MissingExtraError, RecoveryError, UsageError
+from flabc.compress.model import cut_layers
+from flabc.errors import MissingExtraError, ModelError, RecoveryError, UsageError
+
+from .conftest import write_tiny
 
 OPTIONS = ("--batch", "4", "--max-steps", "24", "--epochs", "20", "--evaluations", "6", "--max-length", "96")
 HOW = (*OPTIONS, "--learning-rate", "5e-3", "--patience", "9")
@@ -165,6 +169,27 @@ def test_calls_that_do_not_fit_are_refused(tiny_checkpoint: Path, tasks: Path, t
     with pytest.raises(RecoveryError, match="Found: 0 and 1"):
         recovering.recover(tiny_checkpoint, out, data=few)
     assert not out.exists()
+
+
+def test_a_teachers_ids_are_those_of_the_same_tokens_however_often_it_was_cut(
+    tiny_checkpoint: Path, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The map in a folder is of the model that it was cut from last; a cut of a cut has a map of its own, or none."""
+    dense = tiny("qwen2-tied")
+    expected = checkpoint.read_vocab_map(tiny_checkpoint)
+    assert expected is not None
+    again = tmp_path / "again"
+    again.mkdir()
+    once = load.load(str(tiny_checkpoint))
+    checkpoint.write(cut_layers(once, [0]), again)
+    assert checkpoint.read_vocab_map(again) is None
+    assert recovering._teachers_ids(again, dense, range(once.spec.vocab_size)) == list(expected)
+    other = write_tiny(tmp_path / "other", "qwen2-tied")
+    content = json.loads((other / "tokenizer.json").read_text())
+    content["added_tokens"].pop()
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=r"not the model that this one was cut from.*other tokens.*--teacher"):
+        recovering._teachers_ids(again, other, range(once.spec.vocab_size))
 
 
 def test_two_processes_come_to_what_one_comes_to(tiny_checkpoint: Path, tasks: Path, tmp_path: Path) -> None:

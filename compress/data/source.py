@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import json
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -139,22 +140,30 @@ def _lines(file: Path) -> Iterator[Text]:
     """The texts of a file with one JSON object per line.
 
     Raises:
-        CorpusError: naming the line that is no such object.
+        CorpusError: naming the line that is no such object, or behind which the file is damaged.
     """
-    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    content = json.loads(line)
-                except ValueError as error:
-                    raise CorpusError(f"{file}, line {number}, is not JSON: {error}") from error
-                yield f"{file.name}:{number}", _field(content, f"{file}, line {number},")
+    number = 0
+    try:
+        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield f"{file.name}:{number}", _field(_object(file, number, line), f"{file}, line {number},")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:  # gzip's own errors are among these
+        raise CorpusError(f"{file} cannot be read behind line {number}: {error}") from error
+
+
+def _object(file: Path, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise CorpusError(f"{file}, line {number}, is not JSON: {error}") from error
 
 
 def _rows(name: str) -> Iterator[Text]:
     """The texts of a Hugging Face dataset, or of a parquet file, streamed.
 
     Raises:
+        UnknownNameError: if its rows have no column of the name that was given.
         CorpusError: if the dataset cannot be read, or its rows have no text.
     """
     require("datasets", "data")
@@ -169,7 +178,9 @@ def _rows(name: str) -> Iterator[Text]:
             else datasets.load_dataset("parquet", data_files=dataset, **how)
         )
         for number, row in enumerate(rows):
-            yield f"{dataset}:{number}", str(row[column]) if column in row else _field(row, f"{name}, row {number},")
+            if column and column not in row:
+                raise UnknownNameError("column", column, row)
+            yield f"{dataset}:{number}", str(row[column]) if column else _field(row, f"{name}, row {number},")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise CorpusError(f"The dataset {name!r} cannot be read: {error}") from error
 

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from flabc.cluster import LOCAL, joined
-from flabc.errors import StageError
+from flabc.errors import StageError, UsageError
 
 from .fitness import Rung
 from .genome import Genome
@@ -52,15 +52,17 @@ def rungs(population: Population, portions: Sequence[Tensor], workers: Workers) 
 
     Raises:
         MissingExtraError: if Ray is not installed.
-        UsageError: if there is no such cluster.
+        UsageError: if there is no such cluster, or no room for so many workers in it.
     """
     # Its text is not needed to measure, and would be sent to everybody.
     bare = replace(population, context=replace(population.context, documents=(), heldout=()))
     threads = max(1, (os.cpu_count() or 1) // workers.count)
     with joined(workers.address) as ray:
+        on_gpu = population.context.device.type == "cuda"
+        _check_room(ray.cluster_resources(), {"CPU": workers.count * threads, "GPU": workers.count * on_gpu})
         kind = ray.remote(
             num_cpus=threads,
-            num_gpus=1 if population.context.device.type == "cuda" else 0,
+            num_gpus=int(on_gpu),
             max_restarts=RESTARTS,
             max_task_retries=RESTARTS,
         )(Worker)
@@ -68,6 +70,22 @@ def rungs(population: Population, portions: Sequence[Tensor], workers: Workers) 
         team = [kind.remote(sent, threads) for _ in range(workers.count)]
         weights = [tokens[:, 1:].numel() for tokens in portions]
         yield [Rung(weight, partial(_measure, ray, team, at)) for at, weight in enumerate(weights)]
+
+
+def _check_room(there: Mapping[str, float], wanted: Mapping[str, float]) -> None:
+    """Ray lets a worker that no machine has room for wait, and says nothing.
+
+    Raises:
+        UsageError: if there is less of anything than is wanted.
+    """
+    short = [name for name, amount in wanted.items() if there.get(name, 0) < amount]
+    if short:
+        raise UsageError(
+            "Ray has no room for so many workers.",
+            expected=", ".join(f"{wanted[name]:g} {name}s" for name in short),
+            found=", ".join(f"{there.get(name, 0):g}" for name in short),
+            fix="Give fewer --workers.",
+        )
 
 
 class Worker:

@@ -79,7 +79,7 @@ def shared_ids(subject: TextCodec, dense: TextCodec) -> tuple[Index, Index]:
     strange = [token for token in ours if token not in theirs]
     if strange:
         raise EngineError(
-            "KL compares a model with the one that it was made from.",
+            "Models are compared over tokens that both have.",
             expected="a vocabulary that is part of the dense model's",
             found=f"{len(strange)} other tokens, such as {strange[0]!r}",
         )

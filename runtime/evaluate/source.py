@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def read_jsonl(file: Path) -> list[dict[str, Any]]:
     try:
         raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         text = raw.decode()
-    except (OSError, UnicodeDecodeError, gzip.BadGzipFile) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:  # gzip's own errors are among these
         raise CorpusError(f"The task file {file} cannot be read: {error}") from error
     found = [_parse(file, 1, text)] if text.lstrip().startswith("[") else _lines(file, text)
     rows = found[0] if found and isinstance(found[0], list) else found

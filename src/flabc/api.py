@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from flabc import artifact
 from flabc.artifact import Artifact
 from flabc.console import note, progress
-from flabc.errors import require
+from flabc.errors import ArtifactError, require
 from flabc.evaluating import Diff, diff, evaluate, heldout_texts, read_evaluation
 from flabc.exports import Exported, export
 from flabc.frozen import Frozen
@@ -23,7 +23,7 @@ from flabc.recipe import Recipe
 from flabc.recipe import load as load_recipe
 from flabc.runtime.doctor import Finding, examine
 from flabc.runtime.measure.result import BenchResult, LoadPlan, Workload
-from flabc.spec import BYTES_PER_PARAMETER, ModelSpec
+from flabc.spec import BYTES_PER_PARAMETER, LayerSpec, ModelSpec
 
 if TYPE_CHECKING:
     from flabc.compress.model import CausalLM
@@ -108,7 +108,7 @@ def inspect(model: str) -> Inspection:
     from flabc.compress.location import locate
 
     with progress(f"reading {model}"):
-        location = locate(model)
+        location = locate(model, weights=False)
         spec = ModelSpec.from_config(load.read_config(location))
         cosine = duplicate_output_cosine(location)
     return Inspection(
@@ -131,21 +131,25 @@ def savings(spec: ModelSpec) -> dict[str, int]:
     def without(**changes: Any) -> int:
         return spec.num_parameters - spec.model_copy(update=changes).num_parameters
 
-    def resized(**sizes: int) -> int:
-        return without(layers=tuple(layer.model_copy(update=sizes) for layer in spec.layers))
+    def narrower(layer: LayerSpec) -> LayerSpec:
+        return layer.model_copy(update={"intermediate_size": max(0, layer.intermediate_size - 64)})
 
-    first = spec.layers[0]
-    group = first.num_attention_heads // max(1, first.num_key_value_heads)
-    fewer_groups = {
-        "num_attention_heads": first.num_attention_heads - group,
-        "num_key_value_heads": first.num_key_value_heads - 1,
-    }
+    def fewer_groups(layer: LayerSpec) -> LayerSpec:
+        if not layer.has_attention:
+            return layer
+        group = layer.num_attention_heads // layer.num_key_value_heads
+        left = {
+            "num_attention_heads": layer.num_attention_heads - group,
+            "num_key_value_heads": layer.num_key_value_heads - 1,
+        }
+        return layer.model_copy(update=left)
+
     rows = min(1000, spec.vocab_size - 1)
     return {
         f"{rows} vocabulary rows": without(vocab_size=spec.vocab_size - rows),
         "one layer": without(layers=spec.layers[1:]),
-        "one attention group in every layer": resized(**fewer_groups),
-        "64 FFN channels in every layer": resized(intermediate_size=max(0, first.intermediate_size - 64)),
+        "one attention group in every layer": without(layers=tuple(map(fewer_groups, spec.layers))),
+        "64 FFN channels in every layer": without(layers=tuple(map(narrower, spec.layers))),
     }
 
 
@@ -235,7 +239,7 @@ def _checked(
     from flabc.compress.location import locate
     from flabc.compress.weight_files import can_stream, stored_bytes
 
-    location = locate(model)
+    location = locate(model, pickled=allow_pickle)
     spec = ModelSpec.from_config(load.read_config(location))
     size = stored_bytes(location, spec, pickled=allow_pickle)
     stream = preflight.streams(
@@ -372,6 +376,8 @@ def read_bench(folder: str | Path) -> BenchResult:
         ArtifactError: if the folder is damaged or is no report.
     """
     file = Artifact.open(folder, "report").path / "bench.json"
+    if not file.is_file():
+        raise ArtifactError(f"{folder} is no benchmark of two engines.", expected=file.name)
     return BenchResult.model_validate_json(file.read_text(encoding="utf-8"))
 
 

@@ -48,6 +48,7 @@ _RECORDED = (
     "onnx",
     "onnx-ir",
     "onnxruntime",
+    "onnxruntime-gpu",
     "openvino",
     "peft",
     "tensorrt",
@@ -118,7 +119,7 @@ class Artifact:
                 f"{self.path} is for llama.cpp; flabc does not run it.",
                 fix=f"Run: llama-cli -m {self.path}/*.gguf. Or give the .gguf file to flabc inspect, compress or eval.",
             )
-        if self.manifest.spec is None:
+        if self.manifest.kind == "report" or self.manifest.spec is None:
             raise EngineError(f"{self.path} is a {self.manifest.kind}, which cannot be run.")
         return self.manifest.spec
 
@@ -176,7 +177,7 @@ def partial_of(out: Path | str) -> Path:
 def unfinished(out: Path | str | None, identity: Mapping[str, Any], *, force: bool = False) -> Iterator[Path]:
     """Yield a folder for what is not finished, ``OUT.partial``, in which the same run finds again what it had done.
 
-    It is removed when the block ends well. Without ``out`` it is a temporary one.
+    It is removed when the block ends well, or before anything was done. Without ``out`` it is a temporary one.
 
     Args:
         out: the folder that will be made of it.
@@ -203,7 +204,12 @@ def unfinished(out: Path | str | None, identity: Mapping[str, Any], *, force: bo
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         known.write_text(content, encoding="utf-8")
-    yield folder
+    try:
+        yield folder
+    except BaseException:
+        if not any(file.is_file() for file in folder.rglob("*") if file != known):  # nothing to go on with
+            shutil.rmtree(folder)
+        raise
     shutil.rmtree(folder)
 
 

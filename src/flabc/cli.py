@@ -29,7 +29,7 @@ from flabc.commands.recover import recover
 from flabc.commands.run import run
 from flabc.commands.search import search
 from flabc.commands.serve import serve
-from flabc.errors import FlabcError
+from flabc.errors import TRACEBACK, FlabcError, unexpected
 
 COMMANDS = (inspect, compress, export, run, evaluate, bench, serve, gate, search, data, recover, recipes, init, doctor)
 
@@ -65,10 +65,9 @@ def main() -> None:
     except FlabcError as error:
         sys.exit(_fail(str(error), error.exit_code))
     except Exception as error:
-        if os.environ.get("FLABC_TRACEBACK"):
+        if os.environ.get(TRACEBACK):
             raise
-        text = f"{type(error).__name__}: {error}".rstrip(". ")
-        sys.exit(_fail(f"Unexpected {text}. Set FLABC_TRACEBACK=1 to see where.", 1))
+        sys.exit(_fail(unexpected(error), 1))
 
 
 def _fail(message: str, code: int) -> int:

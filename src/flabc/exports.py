@@ -116,6 +116,8 @@ def export(
         raise UsageError(f"{target} has no candidates to choose from.", expected=", ".join(CANDIDATES))
     name = precision if precision == AUTO else chosen.precision(precision)
     with model_folder(str(model), tie=tie) as source:
+        if source.manifest is not None and source.manifest.kind != "checkpoint":
+            raise UsageError(f"{model} is an {source.manifest.kind}.", expected="a checkpoint, or a dense model")
         if name == AUTO:
             if storage not in (None, Storage()):
                 raise UsageError("auto settles how matrices are stored.", fix="Leave the options away, or auto.")
@@ -132,6 +134,8 @@ def _made(
         draft.spec, draft.target = source.spec, target
         if source.manifest is not None:
             draft.follow(source.manifest)
+        else:
+            draft.source = source.record
         parity = draft.receipts["parity"] = chosen.make(Job(source, draft.path, precision, storage))
     return parity
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flabc import api, artifact
 from flabc.artifact import Artifact
-from flabc.errors import UsageError, require
+from flabc.errors import ArtifactError, UsageError, require
 from flabc.frozen import Frozen
 from flabc.perf import gate, gates, verdict_files
 from flabc.perf.gate import Check, Timed
@@ -148,17 +148,28 @@ def noise(engine: str | Path, *, config: str | Path | Gates, corpus: str = "pyth
 
 
 def baseline(
-    engine: str | Path, output: str | Path, *, config: str | Path | Gates, corpus: str = "python-stdlib"
+    engine: str | Path,
+    output: str | Path,
+    *,
+    config: str | Path | Gates,
+    corpus: str = "python-stdlib",
+    force: bool = False,
 ) -> Baseline:
     """Measure an engine for later, and write the file to commit.
 
     Raises:
+        ArtifactError: if ``output`` is there and ``force`` is not given.
         FlabcError: see ``flabc.errors``.
     """
+    out = Path(output)
+    if out.is_dir():
+        raise ArtifactError(f"{out} is a folder.", expected="the name of a JSON file")
+    if out.exists() and not force:
+        raise ArtifactError(f"{out} exists.", fix="Choose another name, or pass --force to replace it.")
     asked = config if isinstance(config, Gates) else gates.load(Path(config))
     texts = prompts(corpus, asked.workload)
     made = measure_baseline(Path(engine), asked.workload, texts, pairs=STORED_PAIRS, most=asked.max_foreign_cores)
-    Path(output).write_text(made.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    artifact.write_whole(out, made.model_dump_json(indent=1) + "\n")
     return made
 
 

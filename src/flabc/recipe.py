@@ -100,6 +100,15 @@ def _override(content: dict[str, Any], override: str) -> None:
     keys = path.split(".")
     if not equals or not all(keys):
         raise RecipeError(f"Cannot read the override {override!r}.", expected="path=value, e.g. target.params=0.7")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            f"The value of the override {override!r} is no YAML.",
+            expected="a number, a word, or [a, list]",
+            found=text,
+            fix=f"Quote it: '{path}=\"{text}\"'.",
+        ) from error
     place: Any = content
     for key in keys[:-1]:
         step = key if isinstance(place, dict) else _position(place, key, override)
@@ -107,9 +116,9 @@ def _override(content: dict[str, Any], override: str) -> None:
             place.setdefault(step, {})
         place = place[step]
     if isinstance(place, list):
-        place[_position(place, keys[-1], override)] = yaml.safe_load(text)
+        place[_position(place, keys[-1], override)] = value
     elif isinstance(place, dict):
-        place[keys[-1]] = yaml.safe_load(text)
+        place[keys[-1]] = value
     else:
         raise RecipeError(f"The override {override!r} goes through a value that has no parts.", found=repr(place))
 
@@ -123,6 +132,9 @@ def _position(places: Any, key: str, override: str) -> int:
     )
     if key.isdigit() and int(key) < len(names):
         return int(key)
+    if names.count(key) > 1:
+        places = ", ".join(f"stages.{at}" for at, name in enumerate(names) if name == key)
+        raise RecipeError(f"The override {override!r} may mean several {key} stages.", expected=places)
     if key in names:
         return names.index(key)
     raise RecipeError(f"The override {override!r} leads nowhere: there is no {key!r}.", found=f"stages {names}")

@@ -14,7 +14,7 @@ from flabc.artifact import Artifact
 from flabc.compress import processes
 from flabc.compress.config import Recovery
 from flabc.console import note
-from flabc.errors import RecoveryError, UsageError, require
+from flabc.errors import EngineError, ModelError, RecoveryError, UsageError, require
 from flabc.frozen import Frozen
 from flabc.runtime.evaluate.source import read_jsonl
 from flabc.runtime.evaluate.tasks import mined
@@ -120,8 +120,8 @@ def recover(
         folder = stack.enter_context(processes.shared(begun, artifact.partial_of(output), device))
         followed = None
         if source is not None:
-            opened = recover.open_model(source.folder, source.spec)
-            followed = recover.teacher_of(opened, vocab_map, model.spec.vocab_size, device)
+            ids = _teachers_ids(made.path, source.folder, model.token_origin)
+            followed = recover.teacher_of(recover.open_model(source.folder, source.spec), ids, device)
         trained = recover.train(
             recover.open_model(made.path, model.spec),
             followed,
@@ -212,6 +212,31 @@ def _pair(model: CausalLM, row: Mapping[str, Any], *, chat: bool) -> tuple[str, 
     if asked is None:
         raise UsageError("The model has no chat template.", fix="Leave --chat away.")
     return asked, f"```python\n{row['prompt']}{solution}```"
+
+
+def _teachers_ids(student: Path, teacher: Path, known: Sequence[int]) -> list[int]:
+    """The teacher's id of each of the student's tokens.
+
+    By what the tokens are: the map in the student's folder is of the model that it was cut from last, which need not be
+    the teacher. Rows without a token keep what the map says.
+
+    Raises:
+        ModelError: if the student has tokens that the teacher lacks.
+    """
+    from flabc.runtime.evaluate.divergence import shared_ids
+    from flabc.runtime.text import TextCodec
+
+    try:
+        ours, theirs = shared_ids(TextCodec(student), TextCodec(teacher))
+    except EngineError as error:
+        raise ModelError(
+            f"The teacher is not the model that this one was cut from. {error}",
+            fix="Give the dense model as --teacher.",
+        ) from error
+    ids = list(known)
+    for index, its in zip(ours.tolist(), theirs.tolist(), strict=True):
+        ids[index] = its
+    return ids
 
 
 def _ends(model: CausalLM) -> list[int]:

@@ -6,15 +6,17 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flabc.artifact import MANIFEST, Artifact, Manifest, sha256
+from flabc.artifact import MANIFEST, Artifact, Manifest, SourceRecord, sha256
 from flabc.errors import ModelError, require
 from flabc.export.precision import Storage
 from flabc.spec import ModelSpec
 
 if TYPE_CHECKING:
+    from flabc.compress.location import Location
     from flabc.export.parity import Turn
 
 
@@ -27,13 +29,24 @@ class Source:
         spec: its shapes.
         name: the model's.
         manifest: if it is an artifact.
+        location: where it was found, if it is none.
     """
 
     folder: Path
     spec: ModelSpec
     name: str
     manifest: Manifest | None = None
+    location: Location | None = None
     _heard: dict[int, Sequence[Turn]] = field(default_factory=dict)
+
+    @cached_property
+    def record(self) -> SourceRecord | None:
+        """What it was read from, for what is made of it: every file of weights is hashed."""
+        from flabc.compress.load import source_hashes
+
+        if self.location is None:
+            return None
+        return SourceRecord(name=self.location.name, files=source_hashes(self.location))
 
     def identity(self) -> str:
         """What tells it from other models, without reading its weights."""
@@ -109,11 +122,11 @@ def model_folder(model: str, *, tie: bool = False) -> Iterator[Source]:
 
     location = locate(model)
     if location.file is None and not tie:
-        yield Source(location.folder, ModelSpec.from_config(load.read_config(location)), path.name)
+        yield Source(location.folder, ModelSpec.from_config(load.read_config(location)), path.name, location=location)
         return
     with tempfile.TemporaryDirectory(prefix="flabc-") as folder:
         loaded = load.load(model, tie=tie)
         checkpoint.write(loaded, Path(folder))
         spec = loaded.spec
         del loaded  # whoever opens the folder needs the memory
-        yield Source(Path(folder), spec, path.name)
+        yield Source(Path(folder), spec, path.name, location=location)

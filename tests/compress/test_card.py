@@ -9,10 +9,12 @@ from xml.etree import ElementTree
 import pytest
 
 from flabc import api
-from flabc.compress import load
+from flabc.compress import checkpoint, load
 from flabc.compress.card import COLOURS, write
-from flabc.compress.model import cut_layers, cut_sub_blocks
+from flabc.compress.model import cut_heads, cut_layers, cut_sub_blocks
 from flabc.families import Part
+
+from ..conftest import write_tiny
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,7 @@ def bars(folder: Path, colour: str) -> list[float]:
 def test_the_picture_shows_what_is_left_of_each_layer(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     model = load.load(str(tiny("llama-tied")))
     cut = cut_layers(cut_sub_blocks(model, attention=[2]), [0, 2])
+    checkpoint.write(cut, tmp_path)
     write(
         tmp_path,
         model.spec,
@@ -64,3 +67,26 @@ def test_the_picture_shows_what_is_left_of_each_layer(tiny: Callable[[str], Path
     text = (tmp_path / "README.md").read_text()
     assert "trust_remote_code=True" in text
     assert "model," in text.splitlines()[6]
+
+
+def test_the_card_says_so_where_only_an_own_module_builds_the_shapes(tmp_path: Path) -> None:
+    """Llama's config refuses heads that do not divide hidden_size, though all layers are equal."""
+    heads = {"num_attention_heads": 12, "num_key_value_heads": 12}
+    dense = load.load(str(write_tiny(tmp_path / "dense", "llama-tied", **heads)))
+    for keep in (6, 5):
+        folder = tmp_path / str(keep)
+        folder.mkdir()
+        cut = cut_heads(dense, {layer: range(keep) for layer in range(3)})
+        assert cut.spec.is_uniform
+        checkpoint.write(cut, folder)
+        write(
+            folder,
+            dense.spec,
+            cut.spec,
+            origin=cut.layer_origin,
+            source="some/model",
+            recipe={"name": "by hand", "description": ""},
+            stages=[],
+            quality=None,
+        )
+        assert ("trust_remote_code=True" in (folder / "README.md").read_text()) == (keep == 5)

@@ -56,6 +56,22 @@ def test_a_dataset_of_the_hub_is_streamed(
     assert [text for _, text in source.read(name)] == ["a = 1"]
 
 
+def test_a_misspelt_column_is_not_replaced_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [{"body": "a = 1", "text": "not this"}])
+    with pytest.raises(UnknownNameError, match="Did you mean 'body'"):
+        list(source.read("hf:some/code:train:bdy"))
+
+
+@pytest.mark.parametrize("name", ["cut.jsonl.gz", "none.jsonl.gz", "latin.jsonl"])
+def test_a_damaged_file_is_told_with_where(tmp_path: Path, name: str) -> None:
+    whole = gzip.compress(b"".join(b'{"text": "%d"}\n' % n for n in range(9999)))
+    latin = '{"text": "fine"}\n{"text": "\u00fc"}\n'.encode("latin-1")
+    (tmp_path / name).write_bytes({"cut": whole[:2000], "none": b"{}", "latin": latin}[name.split(".")[0]])
+    with pytest.raises(CorpusError, match=rf"{name} cannot be read behind line \d+"):
+        list(source.read(str(tmp_path / name)))
+
+
 def test_a_dataset_that_is_out_of_reach_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
 

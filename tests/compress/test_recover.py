@@ -63,7 +63,7 @@ def test_kl_is_that_of_torch_over_the_tokens_that_were_kept(tiny: Callable[[str]
     labels = torch.randint(0, len(keep), (2, 9))
     labels[:, :3], labels[1, 7:] = IGNORED, IGNORED
     inputs = {"input_ids": torch.randint(0, len(keep), (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
-    teacher = recover.teacher_of(dense, keep, len(keep), "cpu")
+    teacher = recover.teacher_of(dense, keep, "cpu")
     _, kl, tokens = recover.token_losses(student, labels, teacher.log_probs(inputs))
     logits = dense(torch.tensor(keep)[inputs["input_ids"]]).logits[..., keep]
     places = [(b, t - 1) for b in range(2) for t in range(1, 9) if labels[b, t] != IGNORED]
@@ -77,7 +77,7 @@ def test_kl_is_that_of_torch_over_the_tokens_that_were_kept(tiny: Callable[[str]
 
 def test_a_teacher_without_the_students_tokens_is_refused(tiny: Callable[[str], Path]) -> None:
     with pytest.raises(ModelError, match="lacks some of its tokens"):
-        recover.teacher_of(model_of(tiny("qwen2-tied")), [0, 1, 7000], 3, "cpu")
+        recover.teacher_of(model_of(tiny("qwen2-tied")), [0, 1, 7000], "cpu")
 
 
 def test_packed_examples_do_not_see_each_other(tiny: Callable[[str], Path], uneven: Path) -> None:
@@ -169,7 +169,7 @@ def test_distillation_comes_near_the_teacher(tiny: Callable[[str], Path], tmp_pa
     options = OPTIONS.model_copy(
         update={"method": "distill", "gradient_checkpointing": True, "packing": True, "dtype": "bfloat16"}
     )
-    teacher = recover.teacher_of(model_of(tiny("llama-tied")), student.token_origin, 350, "cpu")
+    teacher = recover.teacher_of(model_of(tiny("llama-tied")), student.token_origin, "cpu")
     out = tmp_path / "states"
     data = examples(40), examples(6, seed=2)
     done = recover.train(recover.open_model(tmp_path / "student", student.spec), teacher, *data, options, out, pad=PAD)

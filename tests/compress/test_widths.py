@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -453,3 +454,15 @@ def test_rates_leave_something(tied: CausalLM, make_context: MakeContext) -> Non
         widths.plan(
             tied, config_of(of=("ffn", "heads"), rates={"ffn": (1.0,) * 3, "heads": (1.0,) * 3}), make_context(tied)
         )
+
+
+def test_rates_do_not_go_beyond_the_target(tied: CausalLM, make_context: MakeContext) -> None:
+    half = config_of(rates={"ffn": (0.5,) * 3}, multiple_of=8)
+    gone = (
+        tied.spec.num_parameters - widths.apply(tied, widths.plan(tied, half, make_context(tied))).spec.num_parameters
+    )
+    step = 8 * 3 * tied.spec.hidden_size
+    for spare, fits in ((gone, True), (gone - step, True), (gone - 3 * step, False)):
+        context = replace(make_context(tied), target_parameters=tied.spec.num_parameters - spare)
+        with nullcontext() if fits else pytest.raises(StageError, match="'rates' remove more than the target allows"):
+            widths.plan(tied, half, context)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flabc import api, evaluating
-from flabc.errors import ArtifactError, EngineError, UsageError
+from flabc.errors import ArtifactError, EngineError, FlabcError, UsageError
 from flabc.perf.evaluation import read_records
 from flabc.runtime.evaluate import generation
 from flabc.runtime.evaluate.perplexity import score_text, target_nll
@@ -176,6 +176,12 @@ def test_kl_wants_two_folders(tiny_engine: Path, tiny_dense_engine: Path, served
 def test_a_server_that_is_not_there_is_told() -> None:
     with pytest.raises(EngineError, match="does not answer"):
         api.evaluate("http://127.0.0.1:9", EvalOptions(limit=1))
+
+
+def test_a_misspelt_model_leaves_nothing_in_the_way(tiny_engine: Path, tmp_path: Path) -> None:
+    with pytest.raises(FlabcError):
+        api.evaluate(tmp_path / "nothere", QUICK, output=tmp_path / "out")
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_prompt_that_leaves_no_room_is_wrong_and_says_so(short_model: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from flabc.errors import UsageError
 
@@ -104,6 +105,10 @@ def bench(
             raise UsageError(
                 "--shape stands alone: with --cut, one length, one batch, no load, and no ENGINE or --baseline."
             )
+        given = click.get_current_context().get_parameter_source
+        for option in ("provider", "corpus", "grid_intensity", "requests", "max_batch"):
+            if given(option) is ParameterSource.COMMANDLINE:
+                raise UsageError(f"--{option.replace('_', '-')} says nothing of a shape.", fix="Leave it away.")
         measured = api.bench_shape(shape, cut or "0.22", workload=first, output=output, force=force)
         data = measured.model_dump(mode="json") | {"figures": measured.figures().model_dump(mode="json")}
         emit(as_json, data, lambda: _show_shape(measured))

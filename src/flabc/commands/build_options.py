@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from flabc.errors import UsageError
-
 from .parameters import AT_LEAST_ONE
 
 if TYPE_CHECKING:
@@ -66,8 +64,6 @@ def take_build_options(arguments: dict[str, Any]) -> BuildOptions | None:
     if not asked:
         return None
     from flabc.export.tensorrt_plan import BuildOptions
+    from flabc.frozen import fitting
 
-    try:
-        return BuildOptions(**asked)
-    except ValueError as error:
-        raise UsageError(f"These options do not fit: {error}") from error
+    return fitting(BuildOptions, asked)

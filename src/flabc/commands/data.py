@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flabc.errors import UsageError
-
 from .parameters import AT_LEAST_ONE, Group, emit, json_option
 
 if TYPE_CHECKING:
@@ -105,12 +103,10 @@ def customise(tasks: Path, output: Path, model: str, teacher: str, force: bool, 
     flabc recover pruned --data custom.jsonl -o recovered
     """
     from flabc import customising
+    from flabc.frozen import fitting
     from flabc.runtime.evaluate.task import EvalOptions
 
-    try:
-        parsed = EvalOptions(**options)
-    except ValueError as error:
-        raise UsageError(f"These options do not fit: {error}") from error
+    parsed = fitting(EvalOptions, options)
     found = customising.customise(tasks, model, teacher, output, parsed, force=force)
     emit(as_json, found, lambda: _show_customised(found))
 

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flabc.errors import UsageError
-
 from .parameters import AT_LEAST_ONE, CORPUS, FORCE, TIE, emit, json_option
 
 if TYPE_CHECKING:
@@ -66,6 +64,7 @@ def evaluate(
     flabc eval --diff quality-monday quality-friday
     """
     from flabc import api
+    from flabc.frozen import fitting
     from flabc.project import settle
     from flabc.runtime.evaluate.task import EvalOptions
 
@@ -73,10 +72,7 @@ def evaluate(
         changes = api.diff(*diff)
         emit(as_json, changes, lambda: _show_diff(changes))
         return
-    try:
-        parsed = EvalOptions(**options)
-    except ValueError as error:
-        raise UsageError(f"These options do not fit: {error}") from error
+    parsed = fitting(EvalOptions, options)
     model = settle(target, "engine", "TARGET")
     result = api.evaluate(model, parsed, baseline=baseline, output=output, tie=tie, force=force)
 

@@ -73,7 +73,7 @@ def export(
     flabc export pruned --target gguf --precision bf16 -o for-llama-cpp
     flabc export pruned --target tensorrt --max-batch 4 -o for-tensorrt
     """
-    from flabc import api
+    from flabc import api, artifact
     from flabc.export.precision import Storage
     from flabc.project import Project, find, need, settle
 
@@ -88,6 +88,8 @@ def export(
     target = target or project.target
     build = take_build_options(details)
     how: dict[str, Any] = {"target": target, "precision": precision, "storage": Storage(**details), "build": build}
+    for _, out in jobs:  # the second would be found taken only when the first is made
+        artifact.check_free(out, force=force)
     done = [api.export(str(source), out, **how, kl_bound=kl_bound, tie=tie, force=force) for source, out in jobs]
     data = done[0] if checkpoint else {"engines": [result.model_dump(mode="json") for result in done]}
 

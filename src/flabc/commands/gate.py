@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from flabc.errors import EngineError, FlabcError, UsageError
+from flabc.errors import TRACEBACK, EngineError, FlabcError, UsageError, unexpected
 
 from .parameters import CORPUS, FORCE, Group, emit, json_option
 
@@ -116,8 +117,9 @@ def noise(context: click.Context, engine: Path, config: Path, corpus: str, as_js
 @GATES
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The JSON file to commit.")
 @CORPUS
+@FORCE
 @json_option
-def baseline(engine: Path, config: Path, output: Path, corpus: str, as_json: bool) -> None:
+def baseline(engine: Path, config: Path, output: Path, corpus: str, force: bool, as_json: bool) -> None:
     """Measure ENGINE in multiples of what this machine can do at best, to compare with later.
 
     \b
@@ -126,7 +128,7 @@ def baseline(engine: Path, config: Path, output: Path, corpus: str, as_json: boo
     from flabc import gating
 
     with _no_verdict():
-        made = gating.baseline(engine, output, config=config, corpus=corpus)
+        made = gating.baseline(engine, output, config=config, corpus=corpus, force=force)
     emit(as_json, made, lambda: click.echo(f"{output}: {len(made.runs)} runs on {made.environment['cpu']}"))
 
 
@@ -138,6 +140,12 @@ def _no_verdict() -> Iterator[None]:
     except FlabcError as error:
         error.exit_code = EXIT["undecided"] if isinstance(error, EngineError) else UsageError.exit_code
         raise
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        judged = EngineError(unexpected(error))
+        judged.exit_code = EXIT["undecided"]
+        raise judged from error
 
 
 def _show(found: Gated) -> None:

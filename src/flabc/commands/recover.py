@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flabc.errors import UsageError
-
 from .parameters import AT_LEAST_ONE, emit, json_option
 
 if TYPE_CHECKING:
@@ -88,11 +86,9 @@ def recover(
     from flabc import recovering
     from flabc.compress import processes
     from flabc.compress.config import Recovery
+    from flabc.frozen import fitting
 
-    try:
-        parsed = Recovery(**options)
-    except ValueError as error:
-        raise UsageError(f"These options do not fit: {error}") from error
+    parsed = fitting(Recovery, options)
     found = recovering.recover(
         checkpoint,
         output,

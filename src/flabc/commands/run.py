@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -49,18 +50,19 @@ def run(
     flabc run engine "def fibonacci(n):"
     flabc run engine --chat "Write a function that reverses a string."
     """
+    from flabc.frozen import fitting
     from flabc.project import settle
     from flabc.runtime.backend import Limits
     from flabc.runtime.sampling import SamplingParams
     from flabc.runtime.session import Session
 
-    text = prompt if prompt is not None else sys.stdin.read()
-    try:
-        params = SamplingParams(stop=tuple(stop), **sampling)
-    except ValueError as error:
-        raise UsageError(f"These sampling options do not fit: {error}") from error
+    folder = Path(settle(engine, "engine", "ENGINE"))
+    if prompt is None and not folder.is_dir():  # more likely a prompt than a folder: do not wait for another
+        raise UsageError(f"There is no folder {str(folder)!r}.", expected="ENGINE and PROMPT")
+    params = fitting(SamplingParams, {"stop": tuple(stop), **sampling})
     limits = Limits(max_length=max_length, threads=threads, provider=provider)
-    session = Session.open(settle(engine, "engine", "ENGINE"), limits=limits)
+    session = Session.open(folder, limits=limits)
+    text = prompt if prompt is not None else sys.stdin.read()
     asked = [{"role": "user", "content": text}] if chat else text
     if as_json:
         answer = session.generate(asked, params)

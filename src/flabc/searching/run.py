@@ -95,8 +95,10 @@ def search(
     parsed = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     require("torch", "compress")
     require("transformers", "compress")
+    from flabc.compress.location import locate
     from flabc.compress.search.journal import Journal
 
+    locate(model)  # a misspelt name leaves nothing behind
     asked = what_is_asked(model, parsed, options or Options(), target, device, seed)
     out = _folder(Path(output), resume=resume, force=force)
     with Journal(out / JOURNAL) as journal, dialogue_with(asked.options, journal, seed) as dialogue:

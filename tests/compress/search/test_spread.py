@@ -107,3 +107,11 @@ def test_a_cluster_that_is_not_there_is_told(population: Population, portions: l
         spread.rungs(population, portions, spread.Workers(1, "auto")),
     ):
         pass
+
+
+def test_more_workers_than_there_is_room_for_are_refused(population: Population, portions: list[torch.Tensor]) -> None:
+    with (
+        pytest.raises(UsageError, match=r"no room for so many workers. Expected: 64 CPUs.*--workers"),
+        spread.rungs(population, portions, spread.Workers(64)),
+    ):
+        pass
