@@ -185,9 +185,8 @@ def test_a_teachers_ids_are_those_of_the_same_tokens_however_often_it_was_cut(
     assert checkpoint.read_vocab_map(again) is None
     assert recovering._teachers_ids(again, dense, range(once.spec.vocab_size)) == list(expected)
     other = write_tiny(tmp_path / "other", "qwen2-tied")
-    content = json.loads((other / "tokenizer.json").read_text())
-    content["added_tokens"].pop()
-    (other / "tokenizer.json").write_text(json.dumps(content))
+    file = other / "tokenizer.json"
+    file.write_text(file.read_text().replace("<|im_end|>", "<|another|>"))
     with pytest.raises(ModelError, match=r"not the model that this one was cut from.*other tokens.*--teacher"):
         recovering._teachers_ids(again, other, range(once.spec.vocab_size))
 
