@@ -123,11 +123,11 @@ def _network(model: CausalLM, dtype: torch.dtype) -> Any:
     """The model in transformers."""
     import transformers
 
+    from .recover import open_model
+
     if PER_LAYER in checkpoint.config_of(model):  # the family's own class cannot build it
         with tempfile.TemporaryDirectory(prefix="flabc-") as folder:
             checkpoint.write(model, Path(folder))
-            from .recover import open_model
-
             return open_model(Path(folder), model.spec).to(dtype).eval()
     with quiet_transformers():
         network: Any = getattr(transformers, model.family.architecture).from_pretrained(

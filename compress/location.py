@@ -60,7 +60,8 @@ def locate(model: str, *, weights: bool = True, pickled: bool = False) -> Locati
             raise ModelError(f"{model} is not a model folder.", expected="a config.json in it")
         return Location(model, path)
     if model.count("/") == 1 and not path.parent.exists():
-        return _from_hub(model, [SAFE] * weights + [PICKLED] * (weights and pickled))
+        wanted = {SAFE: weights, PICKLED: weights and pickled}
+        return _from_hub(model, [pattern for pattern, fetched in wanted.items() if fetched])
     raise UnknownNameError("model", model, [*ALIASES, "FOLDER", "FILE.gguf", "owner/name"])
 
 

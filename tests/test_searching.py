@@ -176,6 +176,8 @@ def test_what_cannot_be_done_is_refused_before_any_work(wanted: Path, tmp_path: 
         search(sequences=(4, 2))
     with pytest.raises(UsageError, match="has 0"):
         searching.search("nowhere", recipe.load(wanted).model_copy(update={"stages": ()}), tmp_path / "out")
+    with pytest.raises(UnknownNameError, match="Unknown model 'nowhere'"):
+        search()
     assert not (tmp_path / "out").exists()
 
 

@@ -37,6 +37,10 @@ BEYOND = 16
 #: Seconds between two questions whether a replica is well, and for its answer.
 HEALTH_S = 2
 
+#: Seconds that Ray Serve gives its proxy to start (5 by itself, and it gives up for good after 60): on a machine that
+#: works, importing it takes longer.
+PROXY_STARTS = ("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "55")
+
 
 @dataclass(frozen=True)
 class Replicas:
@@ -90,6 +94,7 @@ def serve(
     if Artifact.is_at(folder):
         _ = Artifact.open(folder).model  # damage is told now as well; the replicas run it, and this host may not
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    os.environ.setdefault(*PROXY_STARTS)  # Ray's processes take it from here
     with joined(replicas.address) as ray:
         told = _Told()  # after Ray, which takes SIGTERM for a crash
         try:

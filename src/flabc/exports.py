@@ -134,9 +134,9 @@ def _made(
         draft.spec, draft.target = source.spec, target
         if source.manifest is not None:
             draft.follow(source.manifest)
-        else:
-            draft.source = source.record
         parity = draft.receipts["parity"] = chosen.make(Job(source, draft.path, precision, storage))
+        if source.manifest is None:
+            draft.source = source.record
     return parity
 
 

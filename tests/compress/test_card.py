@@ -11,7 +11,7 @@ import pytest
 from flabc import api
 from flabc.compress import checkpoint, load
 from flabc.compress.card import COLOURS, write
-from flabc.compress.model import cut_heads, cut_layers, cut_sub_blocks
+from flabc.compress.model import CausalLM, cut_heads, cut_layers, cut_sub_blocks
 from flabc.families import Part
 
 from ..conftest import write_tiny
@@ -43,13 +43,12 @@ def bars(folder: Path, colour: str) -> list[float]:
     return [float(rect.attrib["height"]) for rect in rects if rect.attrib["fill"] == colour]
 
 
-def test_the_picture_shows_what_is_left_of_each_layer(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    model = load.load(str(tiny("llama-tied")))
-    cut = cut_layers(cut_sub_blocks(model, attention=[2]), [0, 2])
-    checkpoint.write(cut, tmp_path)
+def write_both(folder: Path, dense: CausalLM, cut: CausalLM) -> None:
+    """The checkpoint of a model that was cut by hand, and its card."""
+    checkpoint.write(cut, folder)
     write(
-        tmp_path,
-        model.spec,
+        folder,
+        dense.spec,
         cut.spec,
         origin=cut.layer_origin,
         source="some/model",
@@ -57,6 +56,12 @@ def test_the_picture_shows_what_is_left_of_each_layer(tiny: Callable[[str], Path
         stages=[],
         quality=None,
     )
+
+
+def test_the_picture_shows_what_is_left_of_each_layer(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    model = load.load(str(tiny("llama-tied")))
+    cut = cut_layers(cut_sub_blocks(model, attention=[2]), [0, 2])
+    write_both(tmp_path, model, cut)
     for part, (pale, full) in COLOURS.items():
         before, after = bars(tmp_path, pale), bars(tmp_path, full)
         assert len(before) == len(after) == 3
@@ -78,15 +83,5 @@ def test_the_card_says_so_where_only_an_own_module_builds_the_shapes(tmp_path: P
         folder.mkdir()
         cut = cut_heads(dense, {layer: range(keep) for layer in range(3)})
         assert cut.spec.is_uniform
-        checkpoint.write(cut, folder)
-        write(
-            folder,
-            dense.spec,
-            cut.spec,
-            origin=cut.layer_origin,
-            source="some/model",
-            recipe={"name": "by hand", "description": ""},
-            stages=[],
-            quality=None,
-        )
+        write_both(folder, dense, cut)
         assert ("trust_remote_code=True" in (folder / "README.md").read_text()) == (keep == 5)

@@ -12,6 +12,7 @@ import torch
 from flabc.compress import generated, load, pipeline
 from flabc.compress.config import Calibration, Target
 from flabc.compress.data import corpus
+from flabc.compress.model import cut_channels
 from flabc.compress.preflight import streams
 from flabc.compress.stage import encoder
 from flabc.errors import UsageError
@@ -51,6 +52,12 @@ def test_it_goes_on_from_the_beginnings_of_others(
         given = tokenizer.decode(ids[:4])
         assert given.strip() in whole
         assert document.text not in whole
+
+
+def test_a_model_whose_layers_differ_writes_too(tiny: Callable[[str], Path], documents: list[corpus.Document]) -> None:
+    uneven = cut_channels(load.load(str(tiny("llama-tied"))), {1: range(32)})
+    assert not uneven.spec.is_uniform
+    assert len(write(uneven, documents)) >= generated.needed(SHORT)
 
 
 def test_what_it_writes_is_what_transformers_samples(

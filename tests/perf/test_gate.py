@@ -182,7 +182,7 @@ def test_files_for_people_and_for_ci(tmp_path: Path) -> None:
     [
         ("speed: {tpot: 0.03}", r"speed: .*Did you mean 'tpot_ms'"),
         ("speed: {tpot_ms: -1}", "greater than -1"),
-        ("sped: {}", "sped: Extra inputs"),
+        ("sped: {}", "sped: Unknown field 'sped'. Did you mean 'speed'"),
         ("a: [", "not valid YAML"),
         ("", "top level: Input should be a valid dictionary"),
         ("parity: false", "these gates let everything through"),

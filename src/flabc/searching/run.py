@@ -98,8 +98,8 @@ def search(
     from flabc.compress.location import locate
     from flabc.compress.search.journal import Journal
 
-    locate(model)  # a misspelt name leaves nothing behind
     asked = what_is_asked(model, parsed, options or Options(), target, device, seed)
+    locate(model)  # a misspelt name leaves nothing behind
     out = _folder(Path(output), resume=resume, force=force)
     with Journal(out / JOURNAL) as journal, dialogue_with(asked.options, journal, seed) as dialogue:
         return _searched(asked, out, journal, dialogue, shared or Shared())
