@@ -46,6 +46,10 @@ class Maker:
         self._texts: dict[Calibration, pipeline.Text] = {}
         self._last: Made | None = None
 
+    def fingerprint(self, calibration: Calibration) -> str:
+        """Of the text that models of a recipe listen to: it changes with the packages that are installed."""
+        return corpus.fingerprint(self._text(calibration)["calibration"])
+
     def make(self, recipe: Recipe, folder: Path, *, emitted: bool = False) -> dict[str, Any]:
         """Write a model; how long it took without reading and writing, and what is left.
 
@@ -73,7 +77,7 @@ class Maker:
             "layers": shape if len({json.dumps(layer) for layer in shape}) > 1 else [len(shape), shape[0]],
             "seconds": round(made.seconds + sum(receipt.seconds for receipt in made.receipts), 1),
             "cpu": environment()["cpu"],
-            "calibration": corpus.fingerprint(made.context.documents),  # installed packages change
+            "calibration": self.fingerprint(recipe.calibration),
             "stages": [receipt.summary for receipt in made.receipts],
         }
 
@@ -82,15 +86,17 @@ class Maker:
         last, start = self._last, (recipe.calibration, recipe.target, emitted)
         if last is not None and last.start == start and last.stages == tuple(recipe.stages[: len(last.stages)]):
             return last
-        dense = load.load(self.model)
-        if recipe.calibration not in self._texts:
-            self._texts[recipe.calibration] = pipeline.text_of(dense, recipe.calibration, "cpu", 0)
+        dense, text = load.load(self.model), self._text(recipe.calibration)
         began = time.monotonic()
         first = emitted_only(dense, recipe.calibration) if emitted else dense
         seconds = time.monotonic() - began
-        text = self._texts[recipe.calibration]
         context = pipeline.context_of(first, recipe.target, recipe.calibration, "cpu", 0, text)
         return Made(start, (), first, context, seconds)
+
+    def _text(self, calibration: Calibration) -> pipeline.Text:
+        if calibration not in self._texts:
+            self._texts[calibration] = pipeline.text_of(load.load(self.model), calibration, "cpu", 0)
+        return self._texts[calibration]
 
 
 def write(model: CausalLM, folder: Path, recipe: Any = None, receipts: Any = None) -> None:

@@ -20,8 +20,8 @@ from typing import Any
 
 from flabc import api, artifact
 from flabc.compress import load, pipeline
-from flabc.compress.config import Target
-from flabc.errors import FlabcError
+from flabc.compress.config import Calibration, Target
+from flabc.errors import FlabcError, UsageError
 from flabc.perf import comparison, evaluation
 from flabc.perf.making import Maker, write
 from flabc.recipe import Recipe, parse
@@ -246,7 +246,8 @@ class Table:
                 return False
             if made.exists():
                 return True
-        # Another machine or other installed packages make another model of the same recipe: nothing of the last holds.
+        self._check_text(key, recipe.calibration)
+        # Another machine makes another model of the same recipe: nothing of the last holds.
         shutil.rmtree(self.work / "answers" / key, ignore_errors=True)
         self.cells[key] = cell = {"recipe": recipe.model_dump(mode="json"), "title": method.title}
         shutil.rmtree(made, ignore_errors=True)
@@ -256,6 +257,24 @@ class Table:
             cell["error"] = str(error)
         self.save()
         return "error" not in cell
+
+    def _check_text(self, key: str, calibration: Calibration) -> None:
+        """Methods are compared on one text, and that of the packages that are installed changes with them.
+
+        Raises:
+            UsageError: if another row listened to another one.
+        """
+        for name, cell in self.cells.items():
+            if name == key or "calibration" not in cell or "error" in cell:
+                continue
+            alike = Calibration.model_validate(cell["recipe"]["calibration"]) == calibration
+            if alike and cell["calibration"] != (here := self.maker.fingerprint(calibration)):
+                raise UsageError(
+                    f"{name} in {self.file.name} listened to other text than there is here.",
+                    expected=f"a fingerprint of {cell['calibration'][:8]}",
+                    found=here[:8],
+                    fix="Install the same packages, or begin a file of its own with --name.",
+                )
 
     def measure(self, key: str, model: str, wanted: Sequence[str]) -> None:
         """What the model says of held-out text and, if wanted, the programs that it writes."""

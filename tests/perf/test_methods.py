@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from flabc.compress import pipeline
+from flabc.errors import UsageError
 from flabc.perf import methods
 from flabc.perf.methods import as_markdown
 from flabc.runtime.measure.shapes import shape_named
@@ -90,6 +91,21 @@ def test_what_was_measured_of_a_model_that_is_gone_is_not_said_of_the_next_one(
     shutil.rmtree(tmp_path / key)
     assert table.make(key, method, "blocks-22", wanted)
     assert "perplexity" not in table.cells[key]
+
+
+def test_rows_that_listened_to_another_text_are_no_rivals(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods, "CALIBRATION", {"corpus": "python-stdlib", "sequences": 4, "sequence_length": 32})
+    table = methods.Table(tmp_path / "tiny.methods.json", tmp_path, str(tiny("qwen2-tied")))
+    table.make("blocks-22/wanda-sp", methods.METHODS["wanda-sp"], "blocks-22", ("kl",))
+    table.cells["blocks-22/wanda-sp"]["calibration"] = "f" * 64
+    with pytest.raises(UsageError, match=r"blocks-22/wanda-sp in tiny.methods.json listened to other text.*ffffffff"):
+        table.make("blocks-22/ours", methods.METHODS["ours"], "blocks-22", ("kl",))
+    assert "blocks-22/ours" not in table.cells
+    shutil.rmtree(tmp_path / "blocks-22" / "wanda-sp")
+    table.make("blocks-22/wanda-sp", methods.METHODS["wanda-sp"], "blocks-22", ("kl",))  # the row itself, made anew
+    assert table.cells["blocks-22/wanda-sp"]["calibration"] != "f" * 64
 
 
 def test_rows_alone_are_as_many_as_the_size_leaves() -> None:
