@@ -264,14 +264,19 @@ class Table:
         Raises:
             UsageError: if another row listened to another one.
         """
-        for name, cell in self.cells.items():
-            if name == key or "calibration" not in cell or "error" in cell:
-                continue
-            alike = Calibration.model_validate(cell["recipe"]["calibration"]) == calibration
-            if alike and cell["calibration"] != (here := self.maker.fingerprint(calibration)):
+        others = {
+            name: cell["calibration"]
+            for name, cell in self.cells.items()
+            if name != key
+            and "calibration" in cell
+            and Calibration.model_validate(cell["recipe"]["calibration"]) == calibration
+        }
+        here = self.maker.fingerprint(calibration) if others else ""
+        for name, there in others.items():
+            if there != here:
                 raise UsageError(
                     f"{name} in {self.file.name} listened to other text than there is here.",
-                    expected=f"a fingerprint of {cell['calibration'][:8]}",
+                    expected=f"a fingerprint of {there[:8]}",
                     found=here[:8],
                     fix="Install the same packages, or begin a file of its own with --name.",
                 )

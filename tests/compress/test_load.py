@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flabc.compress import load
-from flabc.compress.gguf_file import duplicate_output_cosine
+from flabc.compress.gguf_file import _remembered, duplicate_output_cosine
 from flabc.compress.location import Location, locate
 from flabc.compress.model import CausalLM
 from flabc.errors import FlabcError, ModelError, UnknownNameError
@@ -400,3 +400,19 @@ def test_the_digits_of_smollm_are_split_off_as_its_own_tokenizer_splits_them(
     for text in (*DIGITS, *texts):
         assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text).ids
     assert ours.encode("  1", add_special_tokens=False).tokens == ["ĠĠ", "1"]
+
+
+def test_what_a_gguf_says_is_remembered_until_it_changes(tmp_path: Path) -> None:
+    read: list[str] = []
+
+    @_remembered
+    def content(location: Location) -> str:
+        read.append(location.name)
+        return (location.folder / str(location.file)).read_text()
+
+    location = Location("m", tmp_path, "m.gguf")
+    (tmp_path / "m.gguf").write_text("one")
+    assert [content(location), content(location)] == ["one", "one"]
+    (tmp_path / "m.gguf").write_text("another")
+    assert content(location) == "another"
+    assert read == ["m", "m"]
