@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from flabc import api
 from flabc.errors import EngineError, UnknownNameError
 from flabc.runtime.backend import Backend, Limits
+from flabc.runtime.backends.ort import cache_dtype
 from flabc.runtime.session import Session
 
 IDS = np.random.default_rng(1).integers(3, 500, (2, 9))
@@ -233,3 +235,9 @@ def test_a_provider_that_is_listed_but_does_not_load_is_told(
         warnings.simplefilter("ignore")  # all that onnxruntime says before it takes the CPU
         with pytest.raises(EngineError, match=r"no working CUDA.*Found: CPUExecutionProvider"):
             opened(tiny_engine, provider="cuda")
+
+
+def test_a_cache_in_bfloat16_is_refused_with_what_runs_it() -> None:
+    given = SimpleNamespace(name="past_key_values.0.key", type="tensor(bfloat16)")
+    with pytest.raises(EngineError, match=r"TensorRT or onnxruntime-genai.*Found: bfloat16.*fp16"):
+        cache_dtype(SimpleNamespace(get_inputs=lambda: [given]))

@@ -198,3 +198,9 @@ def test_options_that_make_no_sense_are_refused() -> None:
         parse("humanevl:x")
     assert EvalOptions(samples=10, temperature=0.8).ks == (1, 10)
     assert EvalOptions(k=(5,)).ks == (1,)
+
+
+def test_a_task_file_that_was_cut_off_is_told(tmp_path: Path) -> None:
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"task_id": "a"}\n' * 999)[:30])
+    with pytest.raises(CorpusError, match=r"cut\.jsonl\.gz cannot be read"):
+        read_jsonl(tmp_path / "cut.jsonl.gz")
