@@ -29,7 +29,7 @@ from flabc.commands.recover import recover
 from flabc.commands.run import run
 from flabc.commands.search import search
 from flabc.commands.serve import serve
-from flabc.errors import TRACEBACK, FlabcError, unexpected
+from flabc.errors import FlabcError
 
 COMMANDS = (inspect, compress, export, run, evaluate, bench, serve, gate, search, data, recover, recipes, init, doctor)
 
@@ -65,9 +65,11 @@ def main() -> None:
     except FlabcError as error:
         sys.exit(_fail(str(error), error.exit_code))
     except Exception as error:
-        if os.environ.get(TRACEBACK):
+        if os.environ.get("FLABC_TRACEBACK"):
             raise
-        sys.exit(_fail(unexpected(error), 1))
+        text = f"{type(error).__name__}: {error}".rstrip(". ")
+        # A command for which 1 means something else gives the error a code of its own.
+        sys.exit(_fail(f"Unexpected {text}. Set FLABC_TRACEBACK=1 to see where.", getattr(error, "exit_code", 1)))
 
 
 def _fail(message: str, code: int) -> int:

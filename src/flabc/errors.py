@@ -162,13 +162,3 @@ def require(module: str, extra: str) -> ModuleType:
             f"This needs the package {module.split('.')[0]!r}, which is not installed.",
             fix=f"Run: pip install 'flabc[{extra}]'",
         ) from error
-
-
-#: The variable of the environment that lets an unexpected error through with its traceback.
-TRACEBACK = "FLABC_TRACEBACK"
-
-
-def unexpected(error: Exception) -> str:
-    """What to say of an error that nobody foresaw."""
-    text = f"{type(error).__name__}: {error}".rstrip(". ")
-    return f"Unexpected {text}. Set {TRACEBACK}=1 to see where."

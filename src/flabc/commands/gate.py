@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from flabc.errors import TRACEBACK, EngineError, FlabcError, UsageError, unexpected
+from flabc.errors import EngineError, FlabcError, UsageError
 
 from .parameters import CORPUS, FORCE, Group, emit, json_option
 
@@ -141,11 +140,8 @@ def _no_verdict() -> Iterator[None]:
         error.exit_code = EXIT["undecided"] if isinstance(error, EngineError) else UsageError.exit_code
         raise
     except Exception as error:
-        if os.environ.get(TRACEBACK):
-            raise
-        judged = EngineError(unexpected(error))
-        judged.exit_code = EXIT["undecided"]
-        raise judged from error
+        error.exit_code = EXIT["undecided"]  # type: ignore[attr-defined]
+        raise
 
 
 def _show(found: Gated) -> None:
