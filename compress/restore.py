@@ -2,19 +2,20 @@
 
 ``refit`` repairs one projection whose inputs were cut. The restore stage goes through the whole model: sub-block after
 sub-block, each output projection is refitted so that the cut model's hidden states, as they are after all the cuts
-below, follow the dense model's. It also makes up for layers that are gone, which no local refit can.
+below, follow the dense model's. It also makes up for layers that are gone, which no local refit can. Where a norm
+stands between a projection and the hidden states, as in Gemma, it is what the dense projection gave that is followed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flabc.console import progress
-from flabc.errors import StageError
 
 from . import bias
 from .config import RestoreConfig
@@ -27,6 +28,9 @@ from .walk import Decision, Walk, dense_variant
 #: The projections that end sub-blocks, in their order, and what a layer is up to there from the one before.
 OUTPUTS = {"o": Decision(ffn=False), "down": Decision(attention=False)}
 
+#: The norms behind them, in families that have any.
+OUTPUT_NORMS = {"o": "attention_output_norm", "down": "ffn_output_norm"}
+
 
 @dataclass(frozen=True)
 class RestorePlan(Plan):
@@ -36,16 +40,7 @@ class RestorePlan(Plan):
 
 
 def plan(model: CausalLM, config: RestoreConfig, context: Context) -> RestorePlan:
-    """Refit every sub-block's output projection to the dense model's hidden states.
-
-    Raises:
-        StageError: if a norm stands between the projection and the hidden states, as in Gemma: no closed form is known.
-    """
-    if model.family.normed_outputs:
-        raise StageError(
-            f"The restore stage does not work on {model.family.name}: a norm follows each output projection.",
-            fix="Leave the stage away; the widths stage refits locally (restore: true).",
-        )
+    """Refit every sub-block's output projection to the dense model."""
     if not _narrower(model, context.dense):
         return RestorePlan("restore: no layer was cut; nothing to restore")
     tokens = context.tokens(model)
@@ -53,18 +48,18 @@ def plan(model: CausalLM, config: RestoreConfig, context: Context) -> RestorePla
     hidden = walk.embed()
     refitted, count, before, after = dict[str, Weight](), 0, 0.0, 0.0
     with torch.no_grad(), progress("restoring layers", len(model.spec.layers)) as advance:
-        for layer, targets in enumerate(dense_states(model, context, tokens)):
+        for layer, aims in enumerate(dense_states(model, context, tokens)):
             weights = walk.fetch(layer)
-            for role, target in targets.items():
+            for role, aim in aims.items():
                 if not _has(model, role, layer):
                     continue
-                hidden, inputs = _through(walk, layer, role, weights, hidden)
-                before = _distance(hidden, target)
-                changes, step = _refit(model, role, layer, target.float() - hidden, inputs, config.damping)
+                block = _through(walk, layer, role, weights, hidden)
+                before = _distance(block.hidden, aim.hidden)
+                changes, step = _refit(model, role, layer, block.lacks(aim), block.inputs, config.damping)
                 for name, by in changes.items():
                     refitted[name] = context.keep(loaded(model.weights[name]).float() + by.cpu(), model)
-                hidden += step
-                after = _distance(hidden, target)
+                hidden = block.changed(step)
+                after = _distance(hidden, aim.hidden)
                 count += 1
             advance(1)
     details = {"refitted": count, "last_layer_before": round(before, 6), "last_layer": round(after, 6)}
@@ -80,11 +75,24 @@ def apply(model: CausalLM, plan: RestorePlan) -> CausalLM:
 RESTORE: Stage[RestoreConfig, RestorePlan] = Stage(plan, apply)
 
 
-def dense_states(model: CausalLM, context: Context, tokens: Tensor) -> Iterator[dict[str, Tensor]]:
-    """The dense model's hidden states where each sub-block of the cut model ends, computed as they are needed.
+@dataclass(frozen=True)
+class Aim:
+    """What the dense model has where a sub-block ends.
+
+    Args:
+        hidden: the hidden states behind it, (N, T, D).
+        output: what its output projection gives, (N * T, D), if a norm follows that.
+    """
+
+    hidden: Tensor
+    output: Tensor | None = None
+
+
+def dense_states(model: CausalLM, context: Context, tokens: Tensor) -> Iterator[dict[str, Aim]]:
+    """What the dense model has where each sub-block of the cut model ends, computed as it is needed.
 
     A layer stands for itself and for those removed between it and the one before it; what was removed behind the
-    last layer is its FFN's to make up for.
+    last layer is its FFN's to make up for. Behind a norm a projection stands for itself alone.
 
     Args:
         model: the cut model.
@@ -92,32 +100,40 @@ def dense_states(model: CausalLM, context: Context, tokens: Tensor) -> Iterator[
         tokens: in the cut model's ids, (N, T).
 
     Yields:
-        for each layer, the states behind the attention (``o``) and behind the FFN (``down``), (N, T, D) each.
+        for each layer, what to follow behind the attention (``o``) and behind the FFN (``down``).
     """
-    dense = cut_vocab(context.dense, model.token_origin)
-    stream = Walk(dense, tokens, context.device, context.dtype).stream(dense_variant(dense.spec))
+    dense, outputs = cut_vocab(context.dense, model.token_origin), dict[str, list[Tensor]]()
+
+    def listener(layer: int, module: nn.Module) -> AbstractContextManager[None]:
+        present = dict(module.named_modules())
+        for role in OUTPUTS:
+            if (projection := present.get(_inner(dense, role, layer))) is not None:
+                heard = outputs[role] = []
+                projection.register_forward_hook(lambda _, __, output, heard=heard: heard.append(output.flatten(0, 1)))
+        return nullcontext()
+
+    walk = Walk(dense, tokens, context.device, context.dtype)
+    stream = walk.stream(dense_variant(dense.spec), listener if model.family.normed_outputs else None)
     ends = [*model.layer_origin[:-1], len(dense.spec.layers) - 1]
     for origin, end in zip(model.layer_origin, ends, strict=True):
-        targets = dict[str, Tensor]()
+        aims, own = dict[str, Aim](), dict[str, Tensor]()
         for index, (_, between, after) in stream:
             if index == origin:
-                targets["o"] = between
+                own = {role: torch.cat(heard) for role, heard in outputs.items()}
+                aims["o"] = Aim(between, own.get("o"))
             if index == end:
-                yield {**targets, "down": after}
+                yield {**aims, "down": Aim(after, own.get("down"))}
                 break
 
 
 def _refit(
     model: CausalLM, role: str, layer: int, gap: Tensor, inputs: Tensor, damping: float
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The changes of a projection and its bias, by checkpoint name, and what they add to hidden states, (N, T, D)."""
-    key = model.family.output_multiplier
-    multiplier = float(model.config[key]) if key else 1.0
+    """The changes of a projection and its bias, by checkpoint name, and what they add to its output, (N * T, D)."""
     shifted = bias.name_of(model, role, layer)
-    lacks = gap.flatten(0, 1) / multiplier  # (N * T, D)
-    change, shift = explain(lacks, inputs, damping, intercept=shifted is not None)
+    change, shift = explain(gap, inputs, damping, intercept=shifted is not None)
     changes = {model.name(role, layer): change} | ({shifted: shift} if shifted else {})
-    return changes, multiplier * (inputs @ change.T.to(inputs.dtype) + shift).view_as(gap)
+    return changes, inputs @ change.T.to(inputs.dtype) + shift
 
 
 def explain(gap: Tensor, inputs: Tensor, damping: float, *, intercept: bool = False) -> tuple[Tensor, Tensor]:
@@ -188,14 +204,74 @@ def _has(model: CausalLM, role: str, layer: int) -> bool:
     return spec.has_ffn if OUTPUTS[role].ffn else spec.has_attention
 
 
-def _through(walk: Walk, index: int, role: str, weights: Mapping[str, Tensor], hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """A sub-block of the cut model: states behind it, (N, T, D), float32, and what its projection gets, (N * T, F)."""
-    block = walk.layer(index, OUTPUTS[role], weights)
-    seen: list[Tensor] = []
-    projection = block.get_submodule(walk.model.inner_name(role, index).removesuffix(".weight"))
-    projection.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
-    output = walk.surround.forward(block, index, hidden.to(walk.dtype)).float()
-    return output, torch.cat(seen)
+@dataclass(frozen=True)
+class _Block:
+    """A sub-block of the cut model that calibration went through.
+
+    Args:
+        hidden: the hidden states behind it, (N, T, D), float32.
+        inputs: what its output projection received, (N * T, F).
+        multiplier: what the projection's output is multiplied with before it is added to the hidden states.
+        behind: if a norm follows the projection: what there is behind it.
+    """
+
+    hidden: Tensor
+    inputs: Tensor
+    multiplier: float
+    behind: _Behind | None
+
+    def lacks(self, aim: Aim) -> Tensor:
+        """What the projection's output lacks, (N * T, D), float32."""
+        if self.behind is None or aim.output is None:
+            return (aim.hidden.float() - self.hidden).flatten(0, 1) / self.multiplier
+        return aim.output.float() - self.behind.output.float()
+
+    def changed(self, step: Tensor) -> Tensor:
+        """The hidden states behind it once the projection gives so much more, (N * T, D); (N, T, D), float32."""
+        if self.behind is None:
+            return self.hidden + (self.multiplier * step).view_as(self.hidden)
+        return self.behind.changed(step)
+
+
+@dataclass(frozen=True)
+class _Behind:
+    """A projection's output, (N * T, D), the norm that follows it, and the hidden states that gets added to."""
+
+    output: Tensor
+    norm: nn.Module
+    start: Tensor
+
+    def changed(self, step: Tensor) -> Tensor:
+        """See ``_Block``."""
+        added = self.norm((self.output + step).to(self.output.dtype))
+        hidden: Tensor = self.start.float() + added.float().view_as(self.start)
+        return hidden
+
+
+def _through(walk: Walk, index: int, role: str, weights: Mapping[str, Tensor], hidden: Tensor) -> _Block:
+    """Send hidden states, (N, T, D), through a sub-block of the cut model."""
+    module, model, normed = walk.layer(index, OUTPUTS[role], weights), walk.model, walk.model.family.normed_outputs
+    inputs, outputs = list[Tensor](), list[Tensor]()
+
+    def hear(_: nn.Module, given: tuple[Tensor, ...], gave: Tensor) -> None:
+        inputs.append(given[0].flatten(0, 1))
+        if normed:
+            outputs.append(gave.flatten(0, 1))
+
+    module.get_submodule(_inner(model, role, index)).register_forward_hook(hear)
+    start = hidden.to(walk.dtype)
+    after = walk.surround.forward(module, index, start).float()
+    key = model.family.output_multiplier
+    behind = None
+    if normed:
+        norm = module.get_submodule(_inner(model, OUTPUT_NORMS[role], index))
+        behind = _Behind(torch.cat(outputs), norm, start)
+    return _Block(after, torch.cat(inputs), float(model.config[key]) if key else 1.0, behind)
+
+
+def _inner(model: CausalLM, role: str, layer: int) -> str:
+    """The module of a layer that has a tensor."""
+    return model.inner_name(role, layer).removesuffix(".weight")
 
 
 def _distance(hidden: Tensor, target: Tensor) -> float:

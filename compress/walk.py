@@ -144,19 +144,32 @@ class Walk:
         return build_layer(model, index, weights, attention=decision.attention, ffn=decision.ffn)
 
     @torch.no_grad()
-    def stream(self, variant: Variant) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor]]]:
-        """The residual stream of a variant: before, between the sub-blocks of, and after each layer, (N, T, D) each."""
+    def stream(
+        self, variant: Variant, listener: Listener | None = None
+    ) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor]]]:
+        """The residual stream of a variant: before, between the sub-blocks of, and after each layer, (N, T, D) each.
+
+        Args:
+            variant: as long as the model has layers.
+            listener: opened around each sub-block while it runs, with a layer in which the other one is absent.
+        """
         hidden = self.embed()
         for index, decision in enumerate(variant):
             weights = self.fetch(index)
-            between = self._half(index, Decision(decision.attention, ffn=False), weights, hidden)
-            after = self._half(index, Decision(attention=False, ffn=decision.ffn), weights, between)
+            between = self._half(index, Decision(decision.attention, ffn=False), weights, hidden, listener)
+            after = self._half(index, Decision(attention=False, ffn=decision.ffn), weights, between, listener)
             yield index, (hidden, between, after)
             hidden = after
 
-    def _half(self, index: int, half: Decision, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+    def _half(
+        self, index: int, half: Decision, weights: Mapping[str, Tensor], hidden: Tensor, listener: Listener | None
+    ) -> Tensor:
         """One sub-block of a layer and the residual around it."""
-        return hidden if half.skips else self.surround.forward(self.layer(index, half, weights), index, hidden)
+        if half.skips:
+            return hidden
+        layer = self.layer(index, half, weights)
+        with listener(index, layer) if listener else nullcontext():
+            return self.surround.forward(layer, index, hidden)
 
     @torch.no_grad()
     def readouts(self, hidden: Mapping[Variant, Tensor]) -> Iterator[dict[Variant, Readout]]:

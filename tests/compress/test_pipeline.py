@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from flabc import recipe
 from flabc.compress import load, pipeline, stage
 from flabc.compress.config import Calibration, LayersConfig, RecoverConfig, Target, VocabConfig, WidthsConfig
 from flabc.compress.data import corpus
@@ -22,7 +23,10 @@ from flabc.compress.data.corpus import Document
 from flabc.compress.model import CausalLM, TokenizerFiles
 from flabc.compress.stage import Plan, Stage
 from flabc.errors import CorpusError, ModelError, StageError, UsageError
+from flabc.families import FAMILIES
 from flabc.frozen import Frozen
+
+from ..conftest import VARIANTS
 
 STAGES = (VocabConfig(max_size=512), LayersConfig(count=1, sequences=4), WidthsConfig(multiple_of=4))
 Ran = tuple[CausalLM, list[pipeline.StageReceipt], dict[str, Any]]
@@ -75,6 +79,22 @@ def test_a_recipe_may_prune_recover_and_prune_again(tied: CausalLM, calibration:
     assert all(torch.equal(worse.weights[name], first.weights[name]) for name in first.spec.shapes())  # type: ignore[arg-type]
     with pytest.raises(StageError, match="recover stage's sequences"):
         pipeline.run_stages(first, [learn.model_copy(update={"sequences": 10**6})], context)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", recipe.shipped())
+def test_every_shipped_recipe_runs_on_every_family(
+    tiny: Callable[[str], Path], family: str, name: str, corpus_folder: Path
+) -> None:
+    small = {"sequences": 8, "sequence_length": 48, "corpus": str(corpus_folder)}
+    changes = ["stages.widths.multiple_of=4", *(f"calibration.{field}={value}" for field, value in small.items())]
+    wanted = recipe.load(name, changes)
+    dense = load.load(str(tiny(next(model for model in VARIANTS if model.split("-")[0] == family))))
+    cut, receipts, _ = pipeline.run(dense, wanted.stages, target=wanted.target, calibration=wanted.calibration)
+    assert wanted.target is not None
+    assert cut.spec.num_parameters <= pipeline.parameters_left(wanted.target, dense.spec)
+    assert [receipt.stage for receipt in receipts] == [stage.stage for stage in wanted.stages]
+    assert cut.spec.is_uniform
 
 
 def test_the_receipts_tell_what_became_of_the_model(ran: Ran) -> None:

@@ -15,7 +15,6 @@ from flabc.compress.data import corpus
 from flabc.compress.model import CausalLM, cut_channels, cut_layers, cut_sub_blocks, cut_vocab
 from flabc.compress.stage import Context
 from flabc.compress.walk import Walk, dense_variant
-from flabc.errors import StageError
 
 
 def context_for(dense: CausalLM) -> Context:
@@ -100,11 +99,37 @@ def test_targets_are_the_dense_states_where_each_kept_sub_block_ends(tiny: Calla
     tokens = torch.tensor([[5, 9, 30, 31]])
     (states,) = restore.dense_states(cut, context, tokens)
     two = cut_sub_blocks(cut_layers(dense, [0, 1]), ffn=[1])
-    torch.testing.assert_close(states["o"], last_states(two, tokens))
-    torch.testing.assert_close(states["down"], last_states(dense, tokens))  # makes up for the removed ones too
+    torch.testing.assert_close(states["o"].hidden, last_states(two, tokens))
+    torch.testing.assert_close(states["down"].hidden, last_states(dense, tokens))  # makes up for the removed ones too
 
 
-def test_a_norm_behind_the_projection_is_refused(tiny: Callable[[str], Path]) -> None:
-    dense = load.load(str(tiny("gemma2-tied")))
-    with pytest.raises(StageError, match=r"does not work on gemma2: a norm follows.*restore: true"):
-        restore.plan(cut_layers(dense, [0]), RestoreConfig(), context_for(dense))
+@pytest.mark.parametrize("name", ["gemma2-tied", "gemma3_text-tied"])
+def test_behind_a_norm_what_the_dense_projections_gave_is_followed(tiny: Callable[[str], Path], name: str) -> None:
+    dense = load.load(str(tiny(name)))
+    context = context_for(dense)
+    cut = cut_channels(dense, {at: range(60) for at in range(len(dense.spec.layers))})
+    plan = restore.plan(cut, RestoreConfig(), context)
+    restored, tokens = restore.apply(cut, plan), context.tokens(cut)
+    wanted = last_states(dense, tokens)
+    before, after = ((last_states(model, tokens) - wanted).square().sum() for model in (cut, restored))
+    assert after < 0.8 * before
+    assert float(after / wanted.square().sum()) == pytest.approx(plan.details["last_layer"], rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["gemma2-tied", "gemma3_text-tied"])
+def test_behind_a_norm_projections_are_told_by_transformers(tiny: Callable[[str], Path], name: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny(name)
+    dense = load.load(str(folder))
+    cut = cut_layers(dense, [1])
+    tokens = torch.tensor([[5, 9, 30, 31]])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    gave = dict[str, torch.Tensor]()
+    layer = model.model.layers[1]
+    for role, projection in {"o": layer.self_attn.o_proj, "down": layer.mlp.down_proj}.items():
+        projection.register_forward_hook(lambda _, __, output, role=role: gave.update({role: output[0]}))
+    model(tokens)
+    (states,) = restore.dense_states(cut, context_for(dense), tokens)
+    for role, aim in states.items():
+        torch.testing.assert_close(aim.output, gave[role], msg=role)
