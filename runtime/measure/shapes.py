@@ -6,7 +6,7 @@ anything is pruned. What it would cost in quality they cannot tell.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import Field
@@ -100,12 +100,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 class Cut(Frozen):
-    """How a shape is cut, in this order: vocabulary, layers, then heads and FFN channels down to the share.
+    """How a shape is cut, in this order: vocabulary, then heads and FFN channels down to the share.
 
     Args:
         share: of all parameters, what goes.
         vocab_size: rows that the vocabulary keeps at most.
-        layers: of all layers, the share that goes whole.
         spread: how far the rates of single layers lie from their mean, as a share of it: the first layer is cut least,
             the last most. 0 cuts all layers alike.
         heads: whether heads go too, by whole KV groups; else FFN channels alone.
@@ -114,16 +113,17 @@ class Cut(Frozen):
 
     share: float = Field(gt=0, lt=1)
     vocab_size: int | None = Field(None, ge=1)
-    layers: float = Field(0.0, ge=0, lt=1)
     spread: float = Field(0.0, ge=0, le=1)
     heads: bool = True
     multiple_of: int = Field(128, ge=1)
 
 
-#: Cuts by name: Flab-Pruner's 22 % over all three axes (half of Qwen's vocabulary; smaller ones stay), and
-#: Self-Pruner's LLaMA-2-70B to 49B and 35B, by layers that are equal and by layers that are not.
+#: Cuts by name: those of the recipes (of Qwen2.5-Coder-0.5B's vocabulary they keep so many rows; smaller ones stay),
+#: and Self-Pruner's LLaMA-2-70B to 49B and 35B, by layers that are equal and by layers that are not.
 CUTS = {
-    "flab-22": Cut(share=0.22, vocab_size=75_968, layers=0.034, heads=False),
+    "flab-22": Cut(share=0.22, vocab_size=31_104, heads=False),
+    "flab-35": Cut(share=0.35, vocab_size=27_392, heads=False),
+    "flab-50": Cut(share=0.50, vocab_size=27_392, heads=False),
     "self-pruner-49b": Cut(share=0.30),
     "self-pruner-49b-uneven": Cut(share=0.30, spread=0.5),
     "self-pruner-35b": Cut(share=0.50),
@@ -164,11 +164,10 @@ def cut_shape(spec: ModelSpec, cut: Cut) -> ModelSpec:
     """What a cut leaves of a shape: as many parameters as it says, as nearly as whole steps come.
 
     Raises:
-        UsageError: if vocabulary and layers alone take more, or so much cannot go.
+        UsageError: if the vocabulary alone takes more, or so much cannot go.
     """
     vocab = min(spec.vocab_size, cut.vocab_size or spec.vocab_size)
-    gone = round(cut.layers * len(spec.layers))
-    base = spec.model_copy(update={"vocab_size": vocab, "layers": _evenly(spec.layers, len(spec.layers) - gone)})
+    base = spec.model_copy(update={"vocab_size": vocab})
     wanted = (1 - cut.share) * spec.num_parameters
     least = _narrowed(base, 1.0, 1.0, cut)
     if not least.num_parameters <= wanted <= base.num_parameters:
@@ -214,12 +213,8 @@ def _narrower(layer: LayerSpec, heads: float, ffn: float, multiple_of: int) -> L
 
 def sliced(spec: ModelSpec, count: int) -> ModelSpec:
     """Some of the layers, evenly spread over all, for a model that is too large to be measured whole."""
-    return spec.model_copy(update={"layers": _evenly(spec.layers, count)})
-
-
-def _evenly(layers: Sequence[LayerSpec], count: int) -> tuple[LayerSpec, ...]:
-    """So many of the layers, as evenly spread as they come."""
-    return tuple(layers[int((at + 0.5) * len(layers) / count)] for at in range(count))
+    layers = tuple(spec.layers[int((at + 0.5) * len(spec.layers) / count)] for at in range(count))
+    return spec.model_copy(update={"layers": layers})
 
 
 def layer_bytes(spec: ModelSpec, bytes_per_value: int) -> int:
