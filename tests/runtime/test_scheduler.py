@@ -326,6 +326,8 @@ def test_the_queue_is_bounded(on_engine: Alone, scheduler: Callable[..., Schedul
     with pytest.raises(QueueFullError, match=r"4 requests run or wait.*room for 1 more.*Try again in \d+ s") as told:
         running.submit(two)  # both or none
     assert 1 <= told.value.retry_after_s <= 60
+    with pytest.raises(QueueFullError):
+        running.submit(two[:1], [(on_engine.ids[:8], 0)])  # so do an answer and a score
     running.submit(two[:1])
     with pytest.raises(QueueFullError):
         running.submit(two[1:])
