@@ -14,7 +14,7 @@ from .gram import damped
 STRIDE = 1 / 64
 
 
-def costs(weight: Tensor, gram: Tensor, unit: int) -> Tensor:
+def costs(weight: Tensor, gram: Tensor, unit: int, going: int | None = None) -> Tensor:
     """The error that each unit adds when it goes in its turn, (U,).
 
     The unit with the least ``tr(W_u [H⁻¹]_uu⁻¹ W_uᵀ)`` goes; the weights of the others take its part, H⁻¹ loses its
@@ -24,23 +24,25 @@ def costs(weight: Tensor, gram: Tensor, unit: int) -> Tensor:
         weight: W, (D, F).
         gram: H before damping, the mean over tokens of x xᵀ, (F, F).
         unit: inputs of one unit.
+        going: units that have to go; all if None.
 
     Returns:
         squared error of the output, summed over D, per token. Never less than for the unit that went before, so that
-        the order of the costs is the order of going.
+        the order of the costs is the order of going; infinite for those whose turn did not come.
     """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram)))
     weight = weight.clone()
     units = len(gram) // unit
     found, spent = weight.new_full((units,), torch.inf), 0.0
     stride = max(1, round(units * STRIDE))
-    for done in range(0, units, stride):
+    for done in range(0, units if going is None else going, stride):
         errors = _errors(weight, inverse, unit).where(found.isinf(), torch.inf)
-        going = errors.topk(min(stride, units - done), largest=False).indices
-        spent = max(spent, float(errors[going].mean()))
-        # A millionth between those that go at once, so that their order is kept.
-        found[going] = spent * (1 + 1e-6 * torch.arange(len(going), device=found.device))
-        inputs = (going[:, None] * unit + torch.arange(unit, device=going.device)).flatten()
+        chosen = errors.topk(min(stride, units - done), largest=False).indices
+        # A millionth between one and the next, so that their order is kept.
+        steps = 1 + 1e-6 * torch.arange(1, len(chosen) + 1, device=found.device)
+        found[chosen] = max(spent, float(errors[chosen].mean())) * steps
+        spent = float(found[chosen[-1]])
+        inputs = (chosen[:, None] * unit + torch.arange(unit, device=chosen.device)).flatten()
         _remove(inputs, weight, inverse)
     return found
 

@@ -27,6 +27,7 @@ class Heard:
         tokens: how many tokens were heard.
         unit: inputs that belong to one unit.
         gram: the inputs' Gram matrix, the sum over tokens of x xᵀ, (F, F), float32, if it was asked for.
+        going: how many units will go; what others are worth beside these need not be told. None if that is not known.
     """
 
     weight: Tensor
@@ -35,6 +36,7 @@ class Heard:
     tokens: int
     unit: int = 1
     gram: Tensor | None = None
+    going: int | None = None
 
     @property
     def mean_square(self) -> Tensor:
@@ -85,7 +87,7 @@ def obs(heard: Heard) -> Tensor:
     from .elimination import costs
 
     assert heard.gram is not None, "obs hears the Gram matrix"
-    return costs(heard.weight, heard.gram / heard.tokens, heard.unit)
+    return costs(heard.weight, heard.gram / heard.tokens, heard.unit, heard.going)
 
 
 def first_n(heard: Heard) -> Tensor:

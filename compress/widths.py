@@ -55,7 +55,8 @@ def plan(model: CausalLM, config: WidthsConfig, context: Context) -> WidthsPlan:
     score, cuts = SCORES[config.score], dict[Place, Cut]()
 
     def choose(place: Place, heard: Heard) -> None:
-        scores = worth[place] if place in worth else score.worth(heard)
+        going = KINDS[place[0]].units(model.spec.layers[place[1]]) - left[place]
+        scores = worth[place] if place in worth else score.worth(replace(heard, going=going))
         cut = cut_place(model, place, heard, scores, left[place], restore=config.restore, bias=config.bias != "none")
         cuts[place] = cut.kept(lambda tensor: context.keep(tensor, model))
 

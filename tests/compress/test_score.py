@@ -101,6 +101,19 @@ def test_what_obs_keeps_stands_in_best_for_what_goes() -> None:
     assert all(error("obs") < 0.95 * error(other) for other in ("wanda", "activation", "wifv", "magnitude"))
 
 
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), unit=st.sampled_from([1, 2, 4]), data=st.data())
+def test_whoever_goes_does_not_change_with_how_many_are_ranked(seed: int, unit: int, data: st.DataObject) -> None:
+    rng = np.random.default_rng(seed)
+    inputs, weight = rng.normal(size=(400, 192)), rng.normal(size=(8, 192))
+    known = replace(heard(inputs, weight), unit=unit)
+    units = 192 // unit
+    going = data.draw(st.integers(1, units - 1))
+    whole, ranked = (SCORES["obs"].worth(each) for each in (known, replace(known, going=going)))
+    assert set(ranked.topk(units - going).indices.tolist()) == set(whole.topk(units - going).indices.tolist())
+    assert ranked.isfinite().sum() < going + units / 32  # the rest was not worked out
+
+
 def test_scores_worked_out_by_hand() -> None:
     two_tokens = heard(np.array([[3.0, 0.0], [4.0, 1.0]]), np.array([[3.0, 0.0], [4.0, 2.0]]))
     assert two_tokens.mean_square.tolist() == [12.5, 0.5]
