@@ -87,8 +87,9 @@ def test_every_shipped_recipe_runs_on_every_family(
     tiny: Callable[[str], Path], family: str, name: str, corpus_folder: Path
 ) -> None:
     small = {"sequences": 8, "sequence_length": 48, "corpus": str(corpus_folder)}
-    changes = ["stages.widths.multiple_of=4", *(f"calibration.{field}={value}" for field, value in small.items())]
-    wanted = recipe.load(name, changes)
+    changes = [f"calibration.{field}={value}" for field, value in small.items()]
+    # The FFNs of tiny models are too small a share of them to make up for half.
+    wanted = recipe.load(name, [*changes, "stages.widths.multiple_of=4", "target.params=0.78"])
     dense = load.load(str(tiny(next(model for model in VARIANTS if model.split("-")[0] == family))))
     cut, receipts, _ = pipeline.run(dense, wanted.stages, target=wanted.target, calibration=wanted.calibration)
     assert wanted.target is not None
