@@ -227,9 +227,12 @@ class _Block:
         return aim.output.float() - self.behind.output.float()
 
     def changed(self, step: Tensor) -> Tensor:
-        """The hidden states behind it once the projection gives so much more, (N * T, D); (N, T, D), float32."""
+        """The hidden states behind it once the projection gives so much more, (N * T, D); (N, T, D), float32.
+
+        In place where nothing follows the projection: of a large model they are a sizeable part of what is in memory.
+        """
         if self.behind is None:
-            return self.hidden + (self.multiplier * step).view_as(self.hidden)
+            return self.hidden.add_((self.multiplier * step).view_as(self.hidden))
         return self.behind.changed(step)
 
 

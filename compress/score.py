@@ -82,7 +82,7 @@ def obs(heard: Heard) -> Tensor:
 
     Optimal Brain Surgeon (Hassibi and Stork, 1992) for whole units, one after another as in ZipLM (Kurtic et al.,
     2023): the least costly goes, the others are refitted, and again. Unlike the other scores it knows which units say
-    the same.
+    the same. Of as many as will go, if that is known; what stays is worth infinitely much.
     """
     from .elimination import costs
 
