@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from flabc.errors import UsageError
+from flabc.families import family_named
 from flabc.frozen import Frozen
 from flabc.spec import ModelSpec
 
@@ -96,6 +97,8 @@ def workspace_bytes(spec: ModelSpec, stages: Sequence[Frozen], calibration: Cali
                 needs.append(variants * stage.sequences * calibration.sequence_length * hidden * computed)
         if isinstance(stage, RestoreConfig):
             states = tokens * hidden * (3 * computed + 3 * 4) + tokens * width * computed
+            if family_named(spec.family).normed_outputs:  # what projections give is kept too, dense and cut
+                states += 5 * tokens * hidden * computed
             needs.append(states + 3 * 8 * width**2)
         if isinstance(stage, RecoverConfig):
             copies = 2 if stage.method == "lora" else 5  # student and teacher; gradients and two moments of Adam

@@ -119,7 +119,7 @@ def dense_states(model: CausalLM, context: Context, tokens: Tensor) -> Iterator[
         aims, own = dict[str, Aim](), dict[str, Tensor]()
         for index, (_, between, after) in stream:
             if index == origin:
-                own = {role: torch.cat(heard) for role, heard in outputs.items()}
+                own = {role: torch.cat(outputs.pop(role)) for role in list(outputs)}
                 aims["o"] = Aim(between, own.get("o"))
             if index == end:
                 yield {**aims, "down": Aim(after, own.get("down"))}
@@ -222,8 +222,9 @@ class _Block:
 
     def lacks(self, aim: Aim) -> Tensor:
         """What the projection's output lacks, (N * T, D), float32."""
-        if self.behind is None or aim.output is None:
+        if self.behind is None:
             return (aim.hidden.float() - self.hidden).flatten(0, 1) / self.multiplier
+        assert aim.output is not None, "behind a norm the dense projection is heard"
         return aim.output.float() - self.behind.output.float()
 
     def changed(self, step: Tensor) -> Tensor:

@@ -131,5 +131,6 @@ def test_behind_a_norm_projections_are_told_by_transformers(tiny: Callable[[str]
         projection.register_forward_hook(lambda _, __, output, role=role: gave.update({role: output[0]}))
     model(tokens)
     (states,) = restore.dense_states(cut, context_for(dense), tokens)
+    assert states.keys() == gave.keys()
     for role, aim in states.items():
         torch.testing.assert_close(aim.output, gave[role], msg=role)

@@ -152,6 +152,22 @@ def test_weights_stay_on_disk_where_memory_does_not_suffice(tiny: Callable[[str]
         streams(spec, big, memory=work + big, can_stream=False, **asked)  # type: ignore[arg-type]
 
 
+def test_restoring_behind_norms_asks_for_the_room_of_what_it_hears(tiny: Callable[[str], Path]) -> None:
+    from flabc.compress.config import Calibration, RestoreConfig
+    from flabc.compress.preflight import workspace_bytes
+    from flabc.spec import ModelSpec
+
+    sizes, stages = {}, [RestoreConfig()]
+    for name in ("gemma2-tied", "qwen2-tied"):
+        spec = ModelSpec.from_config(load.read_config(locate(str(tiny(name)))))
+        less, more = (
+            workspace_bytes(spec, stages, Calibration(sequences=count, sequence_length=512), torch.bfloat16)
+            for count in (128, 256)
+        )
+        sizes[name] = (more - less) / (128 * 512)  # a token's
+    assert sizes["gemma2-tied"] - sizes["qwen2-tied"] == 5 * 48 * 2
+
+
 def test_pickles_are_read_only_if_they_are_allowed(
     tiny: Callable[[str], Path], tiny_recipe: Path, tmp_path: Path
 ) -> None:
