@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -138,7 +138,7 @@ def sequences(
     window begins with decides how its first token becomes an attention sink.
 
     Raises:
-        CorpusError: if one has not so many documents that are long enough.
+        CorpusError: if one does not fill so many.
     """
     corpora = list(dict.fromkeys(sorted(document.corpus for document in documents))) or [""]
     shares = [len(range(at, count, len(corpora))) for at in range(len(corpora))]
@@ -158,24 +158,29 @@ def _windows(
 ) -> list[list[int]]:
     """Windows of one corpus: ``turns`` of them from the beginning of their documents, as many from anywhere, again.
 
+    No document gives a second one before each has given one. Then what windows have left over of the long ones is
+    drawn from in the same way: no token is in two windows.
+
     Raises:
-        CorpusError: if not so many documents are long enough.
+        CorpusError: if the documents do not fill so many.
     """
     rng = np.random.default_rng(seed)
     # A token is at least one byte, so shorter documents cannot fill a window.
     long_enough = [document for document in documents if len(document.text) >= length]
     sizes = np.array([len(document.text) for document in long_enough], dtype=float)
+    order = rng.choice(len(sizes), len(sizes), replace=False, p=sizes / sizes.sum()) if len(sizes) else ()
+    encoded = (tokenizer.encode(long_enough[index].text, add_special_tokens=False).ids for index in order)
     windows: list[list[int]] = []
-    weights = sizes / max(1.0, sizes.sum())
-    for index in rng.choice(len(sizes), len(sizes), replace=False, p=weights) if len(sizes) else ():
-        ids = tokenizer.encode(long_enough[index].text, add_special_tokens=False).ids
+    rest: list[list[int]] = []
+    for ids in chain(encoded, rest):
         if len(ids) >= length:
             start = int(rng.integers(0, len(ids) - length + 1)) * (len(windows) // turns % 2)
             windows.append(ids[start : start + length])
+            rest += [ids[:start], ids[start + length :]]
         if len(windows) == count:
             return windows
     raise CorpusError(
-        f"The calibration text has {len(windows)} documents of {length} tokens or more.",
+        f"The calibration text fills {len(windows)} windows of {length} tokens.",
         expected=f"{count}",
         fix="Give more text, or lower calibration.sequences or calibration.sequence_length.",
     )

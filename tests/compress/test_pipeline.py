@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,6 +15,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.nn import functional
 
 from flabc import recipe
@@ -198,7 +203,7 @@ def test_every_stage_that_a_recipe_can_name_is_there() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 1000), count=st.integers(1, 12), length=st.integers(2, 100))
-def test_a_window_is_text_of_one_document_and_no_document_gives_two(
+def test_a_window_is_text_of_one_document(
     byte_level: TokenizerFiles, texts: tuple[str, ...], seed: int, count: int, length: int
 ) -> None:
     tokenizer = stage.encoder(byte_level)
@@ -217,10 +222,30 @@ def test_the_seed_picks_the_windows(byte_level: TokenizerFiles, texts: tuple[str
     assert len({tuple(windows.flatten().tolist()) for windows in made}) == 4
 
 
-def test_too_few_documents_are_counted(byte_level: TokenizerFiles) -> None:
-    documents = [Document("a", "x = 1\n" * 50), Document("b", "y")]
-    with pytest.raises(CorpusError, match=r"has 1 documents of 20 tokens or more\. Expected: 2"):
-        stage.sequences(stage.encoder(byte_level), documents, 2, 20, 0)
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 1000), sizes=st.lists(st.integers(1, 90), min_size=1, max_size=6), turns=st.integers(1, 3))
+def test_long_documents_give_more_windows_that_share_no_token(seed: int, sizes: list[int], turns: int) -> None:
+    words = [f"w{at}" for at in range(sum(sizes))]
+    tokenizer = Tokenizer(WordLevel({word: at for at, word in enumerate(words)}))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    ends = list(itertools.accumulate(sizes))
+    documents = [Document(str(end), " ".join(words[end - size : end])) for size, end in zip(sizes, ends, strict=True)]
+    length = 10
+    once = sum(size >= length for size in sizes)
+    # However windows lie, gaps of less than a window are all that they leave between them.
+    count = sum((size + length - 1) // (2 * length - 1) for size in sizes)
+    if not count:
+        return
+    drawn = stage.sequences(tokenizer, documents, count, length, seed, [[]] * turns).tolist()
+    assert all(window == list(range(window[0], window[0] + length)) for window in drawn)
+    assert len({token for window in drawn for token in window}) == count * length
+    assert len({bisect.bisect(ends, window[0]) for window in drawn[:once]}) == once
+
+
+def test_too_little_text_is_counted(byte_level: TokenizerFiles) -> None:
+    documents = [Document("a", "x = 1\n" * 10), Document("b", "y")]
+    with pytest.raises(CorpusError, match=r"fills \d windows of 20 tokens\. Expected: 30"):
+        stage.sequences(stage.encoder(byte_level), documents, 30, 20, 0)
 
 
 def test_the_precision_on_a_processor_is_one_it_multiplies_fast() -> None:

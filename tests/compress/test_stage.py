@@ -56,5 +56,5 @@ def test_corpora_and_openings_take_turns_independently(tied: CausalLM) -> None:
 
 def test_too_little_text_is_told_for_the_corpus_that_lacks_it(tied: CausalLM) -> None:
     documents = [Document("a", "import " * 400, "long"), Document("b", "x", "short")]
-    with pytest.raises(CorpusError, match="has 0 documents of 20 tokens"):
+    with pytest.raises(CorpusError, match="fills 0 windows of 20 tokens"):
         sequences(encoder(tied.tokenizer), documents, 2, 20, 0)
