@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flabc import api, artifact
 from flabc.compress import load, pipeline
 from flabc.compress.config import Calibration, Target
@@ -48,6 +50,9 @@ ROWS = {"all-22": 39_232, "all-35": 28_160, "all-50": 28_672}
 
 #: Sizes at which code is written, not only read.
 WRITTEN = ("all-22", "all-35", "blocks-22", "blocks-35")
+
+#: What models are read in; each machine reads the dense one anew, so a row is compared with one of its own dtype.
+DTYPE = str(pipeline.compute_dtype(torch.device("cpu"))).removeprefix("torch.")
 
 DENSE = "dense"
 
@@ -288,6 +293,7 @@ class Table:
             # Every other cell is compared with the dense model's answers, problem by problem.
             answers = self.work / "answers" / key / task
             if task not in cell or (key == DENSE and not answers.exists()):
+                cell["dtype"] = DTYPE
                 try:
                     cell[task] = self.evaluate(key, model, task)
                 except FlabcError as error:
@@ -296,7 +302,7 @@ class Table:
 
     def evaluate(self, key: str, model: str, task: str) -> list[dict[str, Any]]:
         """The rows of one evaluation, paired with the dense model's answers."""
-        options = EvalOptions(task=task, dtype="bfloat16", allow_code_execution=task == "humaneval")
+        options = EvalOptions(task=task, dtype=DTYPE, allow_code_execution=task == "humaneval")
         folder = self.work / "answers" / key / task
         if not folder.exists():
             baseline = self.model if task == "kl" else None

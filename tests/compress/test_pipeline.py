@@ -6,6 +6,7 @@ import bisect
 import hashlib
 import itertools
 import math
+import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -248,9 +249,17 @@ def test_too_little_text_is_counted(byte_level: TokenizerFiles) -> None:
         stage.sequences(stage.encoder(byte_level), documents, 30, 20, 0)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_the_precision_on_a_processor_is_one_it_multiplies_fast() -> None:
+    """Emulated bfloat16 takes three to five times as long as float32."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        weight, tokens = torch.ones(1024, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+        return min(timeit.repeat(lambda: functional.linear(tokens, weight), number=1, repeat=20))
+
     found = pipeline.compute_dtype(torch.device("cpu"))
     assert found in (torch.bfloat16, torch.float32)
+    assert seconds(found) < 1.5 * seconds(torch.float32)
 
 
 def test_a_target_counts_parameters_of_the_dense_model(tied: CausalLM, calibration: Calibration, ran: Ran) -> None:
