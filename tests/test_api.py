@@ -108,6 +108,12 @@ def test_evaluate_agrees_between_torch_and_the_engine(tiny_checkpoint: Path, tin
     assert perplexity.target.value == pytest.approx(perplexity.baseline.value, rel=1e-4)
 
 
+def test_an_evaluation_is_no_benchmark(tiny_engine: Path, tmp_path: Path) -> None:
+    api.evaluate(tiny_engine, EvalOptions(limit=1), output=tmp_path / "report")
+    with pytest.raises(ArtifactError, match=r"is no benchmark of two engines\. Expected: bench\.json"):
+        api.read_bench(tmp_path / "report")
+
+
 def test_an_unknown_task_is_told(tiny_engine: Path) -> None:
     with pytest.raises(UnknownNameError, match="Did you mean 'perplexity'"):
         api.evaluate(tiny_engine, EvalOptions(task="perplexty"))

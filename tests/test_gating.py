@@ -22,7 +22,7 @@ from flabc.perf.gates import Gates, QualityGate
 from flabc.runtime.measure.foreign import ForeignLoad
 from flabc.runtime.measure.pairs import Pair
 from flabc.runtime.measure.process import Process
-from flabc.runtime.measure.result import Sample
+from flabc.runtime.measure.result import Sample, Workload
 from flabc.runtime.measure.roofline import measure_roofline
 from flabc.runtime.measure.stored import Baseline
 
@@ -125,6 +125,26 @@ def test_a_baseline_has_no_answers(tiny_dense_engine: Path, tmp_path: Path) -> N
     )
     with pytest.raises(UsageError, match="holds no answers"):
         gating.run(tiny_dense_engine, tmp_path / "b.json", config=asked)
+
+
+def test_a_worker_that_dies_halfway_is_no_regression(
+    tiny_dense_engine: Path, config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    measured, left = Process.run, iter((True, True, True))
+
+    def run_and_die(process: Process, text: str, workload: Workload) -> Sample:
+        if not next(left, False):
+            process.kill()
+        return measured(process, text, workload)
+
+    monkeypatch.setattr(Process, "run", run_and_die)
+    out = tmp_path / "verdict"
+    given = ("--candidate", tiny_dense_engine, "--against", tiny_dense_engine, "--gates", config)
+    found = run("run", *given, "-o", out)
+    assert isinstance(found.exception, EngineError)
+    assert "died" in str(found.exception)
+    assert found.exception.exit_code == 3
+    assert not out.exists()
 
 
 def test_a_failure_to_judge_is_no_regression(tiny_dense_engine: Path, tmp_path: Path) -> None:
