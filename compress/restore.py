@@ -2,8 +2,9 @@
 
 ``refit`` repairs one projection whose inputs were cut. The restore stage goes through the whole model: sub-block after
 sub-block, each output projection is refitted so that the cut model's hidden states, as they are after all the cuts
-below, follow the dense model's. It also makes up for layers that are gone, which no local refit can. Where a norm
-stands between a projection and the hidden states, as in Gemma, it is what the dense projection gave that is followed.
+below, follow the dense model's. It also makes up for layers that are gone, which no local refit can. How far each
+projection is pulled towards no change is chosen on calibration text that its fit has not seen. Where a norm stands
+between a projection and the hidden states, as in Gemma, it is what the dense projection gave that is followed.
 """
 
 from __future__ import annotations
@@ -66,14 +67,12 @@ def plan(model: CausalLM, config: RestoreConfig, context: Context) -> RestorePla
                 shifted = bias.name_of(model, role, layer)
                 change = explain(block.lacks(aim), block.inputs, config.damping, intercept=shifted is not None)
                 dampings[role].append(change.damping)
+                hidden = block.hidden
                 if change.damping is not None:
+                    hidden = block.changed(change)
                     for name, by in ((model.name(role, layer), change.weight), (shifted, change.shift)):
                         if name is not None:
                             refitted[name] = context.keep(loaded(model.weights[name]).float() + by.cpu(), model)
-                    step = block.inputs @ change.weight.T.to(block.inputs.dtype) + change.shift
-                    hidden = block.changed(step)
-                else:
-                    hidden = block.hidden
                 after = _distance(hidden, aim.hidden)
             advance(1)
     count = sum(each is not None for found in dampings.values() for each in found)
@@ -305,11 +304,12 @@ class _Block:
         assert aim.output is not None, "behind a norm the dense projection is heard"
         return aim.output.float() - self.behind.output.float()
 
-    def changed(self, step: Tensor) -> Tensor:
-        """The hidden states behind it once the projection gives so much more, (N * T, D); (N, T, D), float32.
+    def changed(self, change: Change) -> Tensor:
+        """The hidden states behind it once the projection is changed, (N, T, D), float32.
 
         In place where nothing follows the projection: of a large model they are a sizeable part of what is in memory.
         """
+        step = self.inputs @ change.weight.T.to(self.inputs.dtype) + change.shift
         if self.behind is None:
             return self.hidden.add_((self.multiplier * step).view_as(self.hidden))
         return self.behind.changed(step)
@@ -324,7 +324,7 @@ class _Behind:
     start: Tensor
 
     def changed(self, step: Tensor) -> Tensor:
-        """See ``_Block``."""
+        """The hidden states once the projection gives so much more, (N * T, D); see ``_Block``."""
         added = self.norm((self.output + step).to(self.output.dtype))
         hidden: Tensor = self.start.float() + added.float().view_as(self.start)
         return hidden

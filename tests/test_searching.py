@@ -104,6 +104,22 @@ def test_evolution_is_better_than_uniform_and_says_so(unbroken: Searched) -> Non
     assert Searched.model_validate({**summary, "path": unbroken.path}) == unbroken
 
 
+def test_candidates_are_refitted_if_a_stage_that_follows_does_it(model: str, wanted: Path, tmp_path: Path) -> None:
+    kl = {}
+    for refits in ("here", "later", "never"):
+        content = yaml.safe_load(wanted.read_text())
+        content["stages"][1]["restore"] = refits == "here"
+        if refits == "never":
+            content["stages"].pop()
+        given = recipe.parse(content, refits)
+        options = SMALL.model_copy(update={"operator": "uniform", "evaluations": 1})
+        found = searching.search(model, given, tmp_path / refits, options)
+        assert found.recipe["stages"][1].get("restore", True) == (refits == "here")
+        kl[refits] = found.best.kl
+    assert kl["here"] == kl["later"]
+    assert kl["later"] != kl["never"]
+
+
 def files_of(folder: Path) -> dict[str, str]:
     return {name: (folder / name).read_text() for name in ("recipe.yaml", "candidates.csv", "search.json")}
 

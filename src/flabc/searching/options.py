@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from flabc.compress.config import Target, WidthsConfig
+from flabc.compress.config import RestoreConfig, Target, WidthsConfig
 from flabc.compress.search.latencies import Latencies
 from flabc.errors import UnknownNameError, UsageError
 from flabc.frozen import Frozen
@@ -72,6 +72,12 @@ class Asked:
         stage = self.recipe.stages[self.at]
         assert isinstance(stage, WidthsConfig)
         return stage
+
+    @property
+    def candidates(self) -> WidthsConfig:
+        """How candidates are cut: refitted if the recipe refits them at all, be it by a restore stage that follows."""
+        later = any(isinstance(each, RestoreConfig) for each in self.recipe.stages[self.at + 1 :])
+        return self.stage.model_copy(update={"restore": self.stage.restore or later})
 
 
 def asked(model: str, recipe: Recipe, options: Options, target: float | None, device: str, seed: int) -> Asked:

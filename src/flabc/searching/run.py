@@ -165,7 +165,7 @@ def _population(asked: Asked, context: Context, shared: Shared) -> Population:
     from flabc.compress import pipeline
     from flabc.compress.search.population import population_of, with_biases
 
-    stage, before = asked.stage, asked.recipe.stages[: asked.at]
+    stage, before = asked.candidates, asked.recipe.stages[: asked.at]
     model = dense = context.dense
     for each in before:
         model, _ = pipeline.run_stages(model, [each], context)
