@@ -185,12 +185,7 @@ class RestoreConfig(Amount):
     """Refit every output projection in turn, so that the cut model's hidden states follow the dense model's."""
 
     stage: Literal["restore"] = "restore"
-    damping: float | None = Field(
-        None,
-        gt=0,
-        description="Pull towards the weights as they are, as a share of the inputs; by default, for each projection, "
-        "what does best on an eighth of the calibration text that is held back.",
-    )
+    damping: float = Field(0.01, gt=0, description="Pull towards the weights as they are, as a share of the inputs.")
 
 
 class Recovery(Frozen):

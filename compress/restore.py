@@ -2,17 +2,15 @@
 
 ``refit`` repairs one projection whose inputs were cut. The restore stage goes through the whole model: sub-block after
 sub-block, each output projection is refitted so that the cut model's hidden states, as they are after all the cuts
-below, follow the dense model's. It also makes up for layers that are gone, which no local refit can. How far each
-projection is pulled towards no change is chosen on calibration text that its fit has not seen. Where a norm stands
-between a projection and the hidden states, as in Gemma, it is what the dense projection gave that is followed.
+below, follow the dense model's. It also makes up for layers that are gone, which no local refit can. Where a norm
+stands between a projection and the hidden states, as in Gemma, it is what the dense projection gave that is followed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from math import inf
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +27,6 @@ from .walk import Decision, Walk, dense_variant
 
 #: The projections that end sub-blocks, in their order, and what a layer is up to there from the one before.
 OUTPUTS = {"o": Decision(ffn=False), "down": Decision(attention=False)}
-
-#: What a refit may be pulled by towards no change, as shares of the mean diagonal of its Gram matrix.
-DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-
-#: The share of the calibration tokens, the last of them, on which a pull is chosen.
-HELD_BACK = 1 / 8
 
 #: The norms behind them, in families that have any.
 OUTPUT_NORMS = {"o": "attention_output_norm", "down": "ffn_output_norm"}
@@ -54,8 +46,7 @@ def plan(model: CausalLM, config: RestoreConfig, context: Context) -> RestorePla
     tokens = context.tokens(model)
     walk = Walk(model, tokens, context.device, context.dtype)
     hidden = walk.embed()
-    refitted, before, after = dict[str, Weight](), 0.0, 0.0
-    dampings: dict[str, list[float | None]] = {role: [] for role in OUTPUTS}
+    refitted, count, before, after = dict[str, Weight](), 0, 0.0, 0.0
     with torch.no_grad(), progress("restoring layers", len(model.spec.layers)) as advance:
         for layer, aims in enumerate(dense_states(model, context, tokens)):
             weights = walk.fetch(layer)
@@ -64,24 +55,14 @@ def plan(model: CausalLM, config: RestoreConfig, context: Context) -> RestorePla
                     continue
                 block = _through(walk, layer, role, weights, hidden)
                 before = _distance(block.hidden, aim.hidden)
-                shifted = bias.name_of(model, role, layer)
-                change = explain(block.lacks(aim), block.inputs, config.damping, intercept=shifted is not None)
-                dampings[role].append(change.damping)
-                hidden = block.hidden
-                if change.damping is not None:
-                    hidden = block.changed(change)
-                    for name, by in ((model.name(role, layer), change.weight), (shifted, change.shift)):
-                        if name is not None:
-                            refitted[name] = context.keep(loaded(model.weights[name]).float() + by.cpu(), model)
+                changes, step = _refit(model, role, layer, block.lacks(aim), block.inputs, config.damping)
+                for name, by in changes.items():
+                    refitted[name] = context.keep(loaded(model.weights[name]).float() + by.cpu(), model)
+                hidden = block.changed(step)
                 after = _distance(hidden, aim.hidden)
+                count += 1
             advance(1)
-    count = sum(each is not None for found in dampings.values() for each in found)
-    details = {
-        "refitted": count,
-        "dampings": dampings,
-        "last_layer_before": round(before, 6),
-        "last_layer": round(after, 6),
-    }
+    details = {"refitted": count, "last_layer_before": round(before, 6), "last_layer": round(after, 6)}
     summary = f"restore: {count} output projections refitted; last hidden states {after:.2%} from dense"
     return RestorePlan(summary, details, refitted)
 
@@ -145,101 +126,43 @@ def dense_states(model: CausalLM, context: Context, tokens: Tensor) -> Iterator[
                 break
 
 
-@dataclass(frozen=True)
-class Change:
-    """What makes up best for a gap in a projection's output.
-
-    Args:
-        weight: what is added to the projection, Δ, (D, F); float32.
-        shift: what is added to its bias, δ, (D,); nought without one.
-        damping: how much it was pulled towards no change; None if no pull was strong enough to be of use.
-    """
-
-    weight: Tensor
-    shift: Tensor
-    damping: float | None
+def _refit(
+    model: CausalLM, role: str, layer: int, gap: Tensor, inputs: Tensor, damping: float
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The changes of a projection and its bias, by checkpoint name, and what they add to its output, (N * T, D)."""
+    shifted = bias.name_of(model, role, layer)
+    change, shift = explain(gap, inputs, damping, intercept=shifted is not None)
+    changes = {model.name(role, layer): change} | ({shifted: shift} if shifted else {})
+    return changes, inputs @ change.T.to(inputs.dtype) + shift
 
 
-def explain(gap: Tensor, inputs: Tensor, damping: float | None = None, *, intercept: bool = False) -> Change:
+def explain(gap: Tensor, inputs: Tensor, damping: float, *, intercept: bool = False) -> tuple[Tensor, Tensor]:
     """The change of a projection, and of its bias, that makes up best for a gap in its output.
 
-    Minimises ||gap - X Δᵀ - δ||² + λ ||Δ||² over Δ, and over δ if there is a bias. What the inputs can explain of a gap
-    differs from projection to projection, and a fit with too small a λ explains noise of the calibration text: unless λ
-    is given, it is the one whose Δ, fitted to the first part of the tokens, leaves the least of the gap in the last
-    ``HELD_BACK``. If nothing leaves less than no change, nothing is changed.
+    Minimises ||gap - X Δᵀ - δ||² + λ ||Δ||² over Δ, and over δ if there is a bias.
 
     Args:
         gap: what the output lacks, (tokens, D).
         inputs: what the projection receives, X, (tokens, F).
         damping: λ as a share of the mean diagonal of XᵀX.
         intercept: whether there is a bias.
+
+    Returns:
+        Δ, (D, F), and δ, (D,), nought without a bias; float32.
     """
-    if damping is not None:
-        return Change(*_Sums.of(gap, inputs).solved(damping, intercept=intercept), damping)
-    begin = len(gap) - max(1, round(HELD_BACK * len(gap)))
-    sums = _Sums.of(gap[:begin], inputs[:begin])
-
-    def left(damping: float) -> float:
-        weight, shift = sums.solved(damping, intercept=intercept)
-        held = zip(pieces(gap[begin:]), pieces(inputs[begin:]), strict=True)
-        return sum(float((lacks - x @ weight.T - shift).square().sum()) for lacks, x in held)
-
-    damping, least = _least(left)
-    if least >= float(gap[begin:].float().square().sum()):
-        return Change(gap.new_zeros(gap.shape[1], inputs.shape[1]), gap.new_zeros(gap.shape[1]), None)
-    sums.add(gap[begin:], inputs[begin:])
-    return Change(*sums.solved(damping, intercept=intercept), damping)
-
-
-def _least(left: Callable[[float], float]) -> tuple[float, float]:
-    """The damping that leaves least, and how much; from the middle of ``DAMPINGS`` on, downhill."""
-    known = dict[int, float]()
-
-    def at(index: int) -> float:
-        if index not in known:
-            known[index] = left(DAMPINGS[index]) if 0 <= index < len(DAMPINGS) else inf
-        return known[index]
-
-    here = len(DAMPINGS) // 2
-    while (best := min((here, here - 1, here + 1), key=at)) != here:
-        here = best
-    return DAMPINGS[here], at(here)
-
-
-class _Sums:
-    """The normal equations of a gap and inputs: sums over tokens, to which more can be added."""
-
-    def __init__(self, size: int, outputs: int, device: torch.device) -> None:
-        self.gram, self.tokens = Gram(size, device), 0
-        self.right = torch.zeros(size, outputs, device=device)
-        self.given, self.lacks = torch.zeros(size, device=device), torch.zeros(outputs, device=device)
-
-    @classmethod
-    def of(cls, gap: Tensor, inputs: Tensor) -> _Sums:
-        """Of these tokens, (tokens, D) and (tokens, F)."""
-        sums = cls(inputs.shape[1], gap.shape[1], inputs.device)
-        sums.add(gap, inputs)
-        return sums
-
-    def add(self, gap: Tensor, inputs: Tensor) -> None:
-        """Add tokens."""
-        self.gram.add(inputs)
-        for part, lacking in zip(pieces(inputs), pieces(gap), strict=True):
-            self.right.addmm_(part.T, lacking)
-            self.given += part.sum(0)
-            self.lacks += lacking.sum(0)
-        self.tokens += len(gap)
-
-    def solved(self, damping: float, *, intercept: bool) -> tuple[Tensor, Tensor]:
-        """Δ, (D, F), and δ, (D,), float32."""
-        left, right = self.gram.matrix(), self.right
-        if not intercept:
-            return _solve(left.double(), right.double(), damping).T.float(), torch.zeros_like(self.lacks)
-        mean, lacks = self.given / self.tokens, self.lacks / self.tokens
-        left = left.addr(mean, mean, alpha=-self.tokens)
-        right = right.addr(mean, lacks, alpha=-self.tokens)
-        change = _solve(left.double(), right.double(), damping).T.float()
-        return change, (lacks.double() - change.double() @ mean.double()).float()  # see units.cut_projection
+    gram = Gram(inputs.shape[1], inputs.device)
+    gram.add(inputs)
+    right = torch.zeros(inputs.shape[1], gap.shape[1], device=inputs.device)
+    for part, lacking in zip(pieces(inputs), pieces(gap), strict=True):
+        right.addmm_(part.T, lacking)
+    left = gram.matrix()
+    if not intercept:
+        return _solve(left.double(), right.double(), damping).T.float(), gap.new_zeros(gap.shape[1])
+    mean, lacks = inputs.mean(0, dtype=torch.float32), gap.mean(0)
+    left.addr_(mean, mean, alpha=-len(gap))
+    right.addr_(mean, lacks, alpha=-len(gap))
+    change = _solve(left.double(), right.double(), damping).T.float()
+    return change, (lacks.double() - change.double() @ mean.double()).float()  # see units.cut_projection
 
 
 def refit(weight: Tensor, gram: Tensor, keep: Tensor, damping: float = DAMPING) -> Tensor:
@@ -304,12 +227,11 @@ class _Block:
         assert aim.output is not None, "behind a norm the dense projection is heard"
         return aim.output.float() - self.behind.output.float()
 
-    def changed(self, change: Change) -> Tensor:
-        """The hidden states behind it once the projection is changed, (N, T, D), float32.
+    def changed(self, step: Tensor) -> Tensor:
+        """The hidden states behind it once the projection gives so much more, (N * T, D); (N, T, D), float32.
 
         In place where nothing follows the projection: of a large model they are a sizeable part of what is in memory.
         """
-        step = self.inputs @ change.weight.T.to(self.inputs.dtype) + change.shift
         if self.behind is None:
             return self.hidden.add_((self.multiplier * step).view_as(self.hidden))
         return self.behind.changed(step)
@@ -324,7 +246,7 @@ class _Behind:
     start: Tensor
 
     def changed(self, step: Tensor) -> Tensor:
-        """The hidden states once the projection gives so much more, (N * T, D); see ``_Block``."""
+        """See ``_Block``."""
         added = self.norm((self.output + step).to(self.output.dtype))
         hidden: Tensor = self.start.float() + added.float().view_as(self.start)
         return hidden
