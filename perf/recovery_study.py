@@ -124,7 +124,9 @@ class Study:
     """The models, their data, and the result file."""
 
     def __init__(self, asked: argparse.Namespace) -> None:
-        self.asked, self.work = asked, asked.work
+        self.asked = asked
+        self.work: Path = asked.work
+        self.mined: Path = asked.tasks
         self.file = RESULTS / f"{asked.name}.recovery.json"
         self.result: dict[str, Any] = json.loads(self.file.read_text()) if self.file.is_file() else {"rows": {}}
         self.dense, self.cut = self.work / DENSE, self.work / "cut"
@@ -205,10 +207,10 @@ class Study:
     def _tasks(self, which: str | None) -> Path | None:
         """The file of tasks: as they were mined, or customised to the cut model."""
         if which != "custom":
-            return self.asked.tasks if which else None
+            return self.mined if which else None
         file = self.work / "custom.jsonl"
         if not file.exists():
-            rows = [row for row in read_jsonl(self.asked.tasks) if field(row, "split") != "test"]
+            rows = [row for row in read_jsonl(self.mined) if field(row, "split") != "test"]
             some = self.work / "asked.jsonl"
             artifact.write_whole(some, "".join(json.dumps(row) + "\n" for row in rows[: self.asked.ask]))
             options = EvalOptions(task="mined", dtype=DTYPE, allow_code_execution=True)
@@ -258,9 +260,9 @@ class Study:
 
     def _talks(self) -> Iterator[tuple[str, str]]:
         """What is asked, as the template has it, and what the dense model answers."""
-        rows = [row for row in read_jsonl(self.asked.tasks) if field(row, "split") == "test"][:TALKS]
+        rows = [row for row in read_jsonl(self.mined) if field(row, "split") == "test"][:TALKS]
         if not rows:
-            raise UsageError(f"{self.asked.tasks} has no task of the side test.", fix="Mine more projects.")
+            raise UsageError(f"{self.mined} has no task of the side test.", fix="Mine more projects.")
         files = load.load(str(self.dense)).tokenizer
         talks = [[{"role": "user", "content": instruction(row["prompt"])}] for row in rows]
         prompts = [text for talk in talks if (text := rendered(files, talk, prompt=True)) is not None]
