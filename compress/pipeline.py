@@ -133,7 +133,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     if device.type == "cpu":
-        # Where AVX-512 lacks bfloat16, oneDNN "supports" it too, and multiplies a third to a fifth as fast.
+        # Where AVX-512 lacks bfloat16, oneDNN "supports" it too, by emulation that is slower than float32.
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         fast = torch.cpu._is_avx512_bf16_supported() if x86 else torch.ops.mkldnn._is_mkldnn_bf16_supported()
         return torch.bfloat16 if fast else torch.float32

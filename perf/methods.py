@@ -303,21 +303,35 @@ class Table:
     def evaluate(self, key: str, model: str, task: str) -> list[dict[str, Any]]:
         """The rows of one evaluation, paired with the dense model's answers."""
         options = EvalOptions(task=task, dtype=DTYPE, allow_code_execution=task == "humaneval")
-        folder = self.work / "answers" / key / task
-        if not folder.exists():
-            baseline = self.model if task == "kl" else None
-            api.evaluate(model, options, baseline=baseline, output=folder)
-        if task == "kl" or key == DENSE:
-            rows: Sequence[comparison.EvalRow] = api.read_evaluation(folder).rows
-        else:
-            both = [evaluation.read_records(at) for at in (folder, self.work / "answers" / DENSE / task)]
-            rows = comparison.compare(options, *both)
+        answers = self.work / "answers"
+        against = self.model if task == "kl" else None
+        base = None if key == DENSE else answers / DENSE / task
+        rows = measured(options, model, answers / key / task, base, against)
         return [row.model_dump(mode="json") for row in rows]
 
     def save(self) -> None:
         """Write the result; what was there stays until the new one is whole."""
         content = {"environment": environment(), "cells": self.cells}
         artifact.write_whole(self.file, json.dumps(content, indent=1) + "\n")
+
+
+def measured(
+    options: EvalOptions, model: str, answers: Path, base: Path | None, against: str | None = None
+) -> Sequence[comparison.EvalRow]:
+    """The rows of one evaluation.
+
+    Args:
+        options: what is measured.
+        model: of whom, unless its answers are there.
+        answers: the folder that has them, or gets them.
+        base: the dense model's answers, to pair them with; None for its own.
+        against: the model that answers are compared with as they are made, in place of ``base``.
+    """
+    if not answers.exists():
+        api.evaluate(model, options, baseline=against, output=answers)
+    if base is None or against is not None:
+        return api.read_evaluation(answers).rows
+    return comparison.compare(options, *(evaluation.read_records(at) for at in (answers, base)))
 
 
 def made_by(cell: Mapping[str, Any], recipe: Recipe) -> bool:

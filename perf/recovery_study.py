@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from flabc import api, artifact
+from flabc import artifact
 from flabc.compress import load
 from flabc.compress.chat import rendered
 from flabc.compress.config import Recovery
@@ -29,9 +29,8 @@ from flabc.compress.data import source
 from flabc.compress.data.corpus import Document
 from flabc.customising import customise
 from flabc.errors import UsageError
-from flabc.perf import comparison, evaluation
 from flabc.perf.making import Maker, write
-from flabc.perf.methods import DTYPE, RESULTS
+from flabc.perf.methods import DENSE, DTYPE, RESULTS, measured
 from flabc.recipe import load as load_recipe
 from flabc.recovering import recover
 from flabc.runtime.evaluate.perplexity import score_text
@@ -54,7 +53,7 @@ TALKS, TOKENS = 48, 128
 #: Tokens of a sequence, sequences at once.
 LENGTH, BATCH = 512, 4
 
-DENSE, CUT = "dense", "none"
+CUT = "none"
 
 
 @dataclass(frozen=True)
@@ -216,6 +215,7 @@ class Study:
             options = EvalOptions(task="mined", dtype=DTYPE, allow_code_execution=True)
             done = customise(some, str(self.cut), str(self.dense), file, options)
             self.result["customised"] = done.model_dump(mode="json", exclude={"path"})
+            self.save()
         return file
 
     def measure(self, key: str, model: Path, about: Mapping[str, Any]) -> None:
@@ -225,10 +225,8 @@ class Study:
         for name, options in self.measured.items():
             answers = self.work / "answers" / key / name
             if name not in cell or (key == DENSE and not answers.exists()):
-                if not answers.exists():
-                    api.evaluate(str(model), options, output=answers)
-                base = None if key == DENSE else evaluation.read_records(self.work / "answers" / DENSE / name)
-                rows = comparison.compare(options, evaluation.read_records(answers), base)
+                base = None if key == DENSE else self.work / "answers" / DENSE / name
+                rows = measured(options, str(model), answers, base)
                 cell[name] = rows[0].model_dump(mode="json")
                 self.save()
         if "chat" not in cell:

@@ -19,12 +19,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from flabc import api, artifact
+from flabc import artifact
 from flabc.compress import load
 from flabc.errors import FlabcError
-from flabc.perf import comparison, evaluation
 from flabc.perf.making import Maker, write
-from flabc.perf.methods import CALIBRATION, DTYPE, RESULTS
+from flabc.perf.methods import CALIBRATION, DENSE, DTYPE, RESULTS, measured
 from flabc.recipe import Recipe, parse
 from flabc.runtime.evaluate.task import EvalOptions
 from flabc.runtime.measure.environment import environment
@@ -54,8 +53,6 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 MULTIPLE = 32
 
 TASKS = ("perplexity", "kl")
-
-DENSE = "dense"
 
 
 def main() -> None:
@@ -160,13 +157,8 @@ class Study:
                 continue
             if key != DENSE:  # what is there is of a model that is gone
                 shutil.rmtree(answers, ignore_errors=True)
-            if not answers.exists():
-                api.evaluate(model, options, baseline=self.model if task == "kl" else None, output=answers)
-            base = self.work / "answers" / DENSE / task
-            if task == "kl" or key == DENSE:
-                rows: Sequence[comparison.EvalRow] = api.read_evaluation(answers).rows
-            else:
-                rows = comparison.compare(options, evaluation.read_records(answers), evaluation.read_records(base))
+            base = None if key == DENSE else self.work / "answers" / DENSE / task
+            rows = measured(options, model, answers, base, self.model if task == "kl" else None)
             cell[task] = rows[0].model_dump(mode="json")
             self.save()
 
