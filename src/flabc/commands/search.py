@@ -90,9 +90,9 @@ def search(
     """Find how much each layer of MODEL loses, by trying, and write a recipe that says so.
 
     Candidates are compared with the dense model by the KL between their token logits, a whole population at once.
-    The widths stage's score, refit and kinds count; its rates are what is found. Every evaluation is in the journal as
-    soon as it is made: with --resume a search that was cut off comes to the end that it would have come to. A recipe
-    that was found is a start for another target.
+    The widths stage's score and kinds count, and whether the recipe refits; rates are what is found. Every evaluation
+    is in the journal as soon as it is made: with --resume a search that was cut off comes to the end that it would
+    have come to. A recipe that was found is a start for another target.
 
     \b
     flabc search smollm2-135m --target 0.78 -o searched
