@@ -6,13 +6,16 @@
 Every row is measured on text that is neither calibrated nor trained on: Python, English, C++, and what the dense model
 answers in conversations about tasks of the side test. HumanEval is read once for a row and chooses nothing: which state
 of a run is kept says the loss on dev. What is in the result already is not made again, a run that was cut off goes on.
+With several numbers of tokens it is drawn what they give: the tasks of the side dev that a model solves.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
+import statistics
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +32,7 @@ from flabc.compress.data import source
 from flabc.compress.data.corpus import Document
 from flabc.customising import customise
 from flabc.errors import UsageError
+from flabc.perf.drawings import write_curves
 from flabc.perf.making import Maker, write
 from flabc.perf.methods import DENSE, DTYPE, RESULTS, measured
 from flabc.recipe import load as load_recipe
@@ -84,11 +88,15 @@ ROWS = {
     ),
 }
 
-#: What a row is measured by: a metric and its options; the file of C++ is made.
+#: Tasks of the side dev that are solved or not.
+SOLVED = 100
+
+#: What a row is measured by: a metric and its options; the file of C++ is made, that of dev is the one of the tasks.
 MEASURED = {
     "python": EvalOptions(task="perplexity", corpus="python-stdlib", dtype=DTYPE),
     "english": EvalOptions(task="perplexity", corpus="english", dtype=DTYPE),
     "cpp": EvalOptions(task="perplexity", dtype=DTYPE),
+    "dev": EvalOptions(task="mined:dev", limit=SOLVED, dtype=DTYPE, allow_code_execution=True),
     "humaneval": EvalOptions(task="humaneval", dtype=DTYPE, allow_code_execution=True),
 }
 
@@ -104,7 +112,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/recovery"))
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--tokens", type=int, default=131_072, help="of each training")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[131_072], help="of each training")
     parser.add_argument("--ask", type=int, default=400, help="tasks that are customised at most")
     parser.add_argument("--skip-written", action="store_true", help="leave HumanEval for another run")
     asked = parser.parse_args()
@@ -112,11 +120,18 @@ def main() -> None:
     study = Study(asked)
     study.measure(DENSE, study.dense, {"title": "dense"})
     study.measure(CUT, study.cut, {"title": "cut, not trained"})
-    for name in asked.rows:
-        for seed in asked.seeds:
-            key = f"{name}/{seed}"
-            if study.lacks(key):
-                study.measure(key, *study.trained(ROWS[name], seed, asked.work / name / str(seed)))
+    for name, tokens, seed in itertools.product(asked.rows, sorted(asked.tokens), asked.seeds):
+        key = f"{name}/{tokens}/{seed}"
+        if study.lacks(key):
+            study.measure(key, *study.trained(ROWS[name], tokens, seed, asked.work / key))
+    rows = study.result["rows"]
+    write_curves(
+        curves(rows),
+        study.file.with_suffix(".svg"),
+        "tokens of sequences trained on, thousands",
+        "pass@1 on mined tasks of the side dev",
+        ("dense", rows[DENSE]["dev"]["target"]["value"]),
+    )
 
 
 class Study:
@@ -131,9 +146,10 @@ class Study:
         self.dense, self.cut = self.work / DENSE, self.work / "cut"
         if not self.dense.exists():
             write(load.load(asked.model, tie=asked.tie), self.dense)
-        self._settle({**self._cut(), "tokens": asked.tokens})
+        self._settle(self._cut())
+        made = {"cpp": {"corpus": str(self._cpp())}, "dev": {"data": self.mined}}
         self.measured = {
-            name: options.model_copy(update={"corpus": str(self._cpp())}) if name == "cpp" else options
+            name: options.model_copy(update=made.get(name, {}))
             for name, options in MEASURED.items()
             if not (asked.skip_written and name == "humaneval")
         }
@@ -148,19 +164,19 @@ class Study:
         return found
 
     def _settle(self, made: dict[str, Any]) -> None:
-        """Rows are of one cut model, trained for one number of tokens.
+        """Rows are of one cut model.
 
         Raises:
             UsageError: if the result has rows of another.
         """
         before = self.result.get("cut")
-        same = ("parameters", "recipe", "calibration", "tokens")
+        same = ("parameters", "recipe", "calibration")
         if before is not None and any(before[key] != made[key] for key in same):
             raise UsageError(
-                f"{self.file.name} has rows of another cut model, or of other lengths.",
+                f"{self.file.name} has rows of another cut model.",
                 expected=str({key: before[key] for key in same}),
                 found=str({key: made[key] for key in same}),
-                fix="Give the same model, recipe and --tokens, or begin a file of its own with --name.",
+                fix="Give the same model and recipe, or begin a file of its own with --name.",
             )
         self.result["cut"] = made
 
@@ -168,7 +184,7 @@ class Study:
         """Whether something of a row has not been measured."""
         return any(name not in self.result["rows"].get(key, {}) for name in (*self.measured, "chat"))
 
-    def trained(self, row: Row, seed: int, folder: Path) -> tuple[Path, dict[str, Any]]:
+    def trained(self, row: Row, tokens: int, seed: int, folder: Path) -> tuple[Path, dict[str, Any]]:
         """A trained model, and what training said of itself."""
         receipt = folder.with_suffix(".json")
         if not folder.exists():
@@ -181,7 +197,7 @@ class Study:
                     "packing": True,
                     "dtype": DTYPE,
                     "seed": seed,
-                    "max_steps": self.asked.tokens // (LENGTH * BATCH),
+                    "max_steps": tokens // (LENGTH * BATCH),
                     "epochs": 100,  # the steps are what ends it
                 }
             )
@@ -277,10 +293,24 @@ class Study:
         artifact.write_whole(self.file, json.dumps(self.result, indent=1) + "\n")
 
 
+def curves(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """Of each way to train, thousands of tokens and the mean pass@1 on dev of the seeds; each begins untrained."""
+    found = dict[str, dict[int, list[float]]]()
+    for key, cell in rows.items():
+        name, *lengths = key.split("/")
+        if lengths and "dev" in cell:
+            at = found.setdefault(ROWS[name].title, {0: [rows[CUT]["dev"]["target"]["value"]]})
+            at.setdefault(int(lengths[0]), []).append(cell["dev"]["target"]["value"])
+    return {
+        title: [(tokens / 1000, statistics.mean(values)) for tokens, values in sorted(at.items())]
+        for title, at in found.items()
+    }
+
+
 #: The table's head, and how its columns are set.
 HEAD = (
-    "| row | tokens | minutes | Python | English | C++ | chat | HumanEval |",
-    "| :--- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    "| row | tokens | minutes | Python | English | C++ | chat | dev | HumanEval |",
+    "| :--- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
 )
 
 
@@ -296,7 +326,7 @@ def _line(cell: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
         f"{cell['seconds'] / 60:.0f}" if "seconds" in cell else "-",
         *(f"{cell[name]['target']['value']:.2f}" if name in cell else "-" for name in ("python", "english", "cpp")),
         f"{math.exp(cell['chat']['nats'] / dense['chat']['tokens']):.2f}" if "chat" in cell else "-",
-        _solved(cell["humaneval"]) if "humaneval" in cell else "-",
+        *(_solved(cell[name]) if name in cell else "-" for name in ("dev", "humaneval")),
     ]
     return f"| {' | '.join(cells)} |"
 

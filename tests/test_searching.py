@@ -273,8 +273,19 @@ def test_a_sweep_goes_from_large_to_small(
     with (done.path / "0.75" / "candidates.csv").open() as file:
         assert next(csv.DictReader(file))["origin"] == "start"
     assert ElementTree.parse(done.path / "sweep.svg").getroot().tag.endswith("svg")
+    assert "parameters left, millions" in (done.path / "sweep.svg").read_text()
     again = sweeping.sweep(model, wanted, tmp_path / "swept", (0.7, 0.8, 0.75), few, resume=True)
     assert again == done
+
+
+def test_a_sweep_over_time_is_drawn_over_time(model: str, wanted: Path, tmp_path: Path) -> None:
+    layer = api.inspect(model).spec.layers[0]
+    heads = {each: 5.0 * each for each in range(1, layer.num_key_value_heads + 1)}
+    latencies = Latencies(ffn={layer.intermediate_size: 1.0}, heads=heads, rest=2.0)
+    even = SMALL.model_copy(update={"operator": "uniform", "latencies": latencies})
+    (point,) = sweeping.sweep(model, wanted, tmp_path / "swept", (0.8,), even).points
+    assert point.uniform_milliseconds == point.milliseconds is not None
+    assert "milliseconds of a step" in (tmp_path / "swept" / "sweep.svg").read_text()
 
 
 def test_a_budget_of_time_is_kept(model: str, wanted: Path, tmp_path: Path) -> None:

@@ -6,12 +6,11 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from flabc import artifact
 from flabc.errors import UsageError, require
 from flabc.frozen import Frozen
-from flabc.perf.sweep_plot import write_curves
+from flabc.perf.drawings import write_curves
 from flabc.recipe import Recipe, parse
 from flabc.recipe import load as load_recipe
 from flabc.searching import RECIPE, Options, Searched, Shared, search
@@ -23,7 +22,7 @@ TABLE, DRAWING = "sweep.csv", "sweep.svg"
 class Point(Frozen):
     """What was found for one target: parameters of the model, KL to the dense one in nats per token, and the same of
     the even rate; ``recipe`` is where the rates are, below the sweep's folder; with a table of latencies, what a step
-    takes by it.
+    of both takes by it.
     """
 
     target: float
@@ -35,6 +34,7 @@ class Point(Frozen):
     evaluations: int
     recipe: str
     milliseconds: float | None = None
+    uniform_milliseconds: float | None = None
 
 
 class Swept(Frozen):
@@ -58,7 +58,7 @@ def sweep(
     resume: bool = False,
     force: bool = False,
 ) -> Swept:
-    """Search for each target, and write a table and a drawing of what size costs.
+    """Search for each target, and write a table and a drawing of what size, or a step's time, costs.
 
     Args:
         model: see ``search``.
@@ -115,6 +115,7 @@ def _point(found: Searched, target: float, out: Path) -> Point:
         evaluations=found.evaluations,
         recipe=str((found.path / RECIPE).relative_to(out)),
         milliseconds=found.best.milliseconds,
+        uniform_milliseconds=found.uniform.milliseconds,
     )
 
 
@@ -125,7 +126,15 @@ def _write(done: Swept) -> None:
     table.writeheader()
     table.writerows(rows)
     artifact.write_whole(done.path / TABLE, text.getvalue())
-    curves: dict[str, Any] = {"uniform": [(point.parameters, point.uniform_heldout_kl) for point in done.points]}
+    points = done.points
+    curves = {"uniform": [(_size(p.parameters, p.uniform_milliseconds), p.uniform_heldout_kl) for p in points]}
     if done.operator != "uniform":
-        curves[done.operator] = [(point.parameters, point.heldout_kl) for point in done.points]
-    write_curves(curves, done.path / DRAWING)
+        curves[done.operator] = [(_size(p.parameters, p.milliseconds), p.heldout_kl) for p in points]
+    timed = points[0].milliseconds is not None
+    size = "milliseconds of a step, by the table of latencies" if timed else "parameters left, millions"
+    write_curves(curves, done.path / DRAWING, size, "KL on held-out text, nats per token")
+
+
+def _size(parameters: int, milliseconds: float | None) -> float:
+    """What the budget is counted in: milliseconds where there is a table of latencies, or millions of parameters."""
+    return parameters / 1e6 if milliseconds is None else milliseconds

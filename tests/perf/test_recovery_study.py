@@ -79,23 +79,44 @@ def test_rows_are_trained_on_as_much_and_made_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rows = study()
-    trained = [f"{name}/0" for name in recovery_study.ROWS]
+    trained = [f"{name}/960/0" for name in recovery_study.ROWS]
     assert list(rows) == ["dense", "none", *trained]
     assert {rows[key]["steps"] for key in trained} == {5}
     assert rows["none"]["chat"] != rows["dense"]["chat"]
     said_by_transformers = nats_of(tiny("qwen2-tied"), json.loads((tmp_path / "work" / "talks.json").read_text()))
     assert rows["dense"]["chat"] == pytest.approx(said_by_transformers, rel=1e-4)
     assert all(rows[key]["python"]["baseline"] for key in ("none", *trained))  # type: ignore[index]
-    customised = json.loads((tmp_path / "tiny.recovery.json").read_text())["customised"]
+    result = json.loads((tmp_path / "tiny.recovery.json").read_text())
+    customised, cut = result["customised"], result["cut"]
     assert customised["failed"] == customised["canonical"] == 24
     table = recovery_study.as_markdown(rows).splitlines()
     assert len(table) == 2 + len(rows)
     assert table[4].startswith("| LoRA on the tasks | ")
+    assert rows["none"]["dev"]["target"]["n"] == 2  # type: ignore[index]
 
     monkeypatch.setattr(recovery_study, "recover", None)  # nothing is trained again
     assert study() == rows
-    with pytest.raises(UsageError, match=r"of other lengths.*'tokens': 960.*'tokens': 1920"):
-        study("--tokens", "1920")
+    (tmp_path / "work" / "cut.json").write_text(json.dumps({**cut, "parameters": 1}))
+    with pytest.raises(UsageError, match=r"another cut model.*'parameters': \d\d+.*'parameters': 1\D"):
+        study()
+
+
+def test_more_tokens_are_points_of_a_curve(study: Callable[..., dict[str, dict[str, object]]], tmp_path: Path) -> None:
+    rows = study("--rows", "lora", "--tokens", "384", "192")
+    assert list(rows) == ["dense", "none", "lora/192/0", "lora/384/0"]
+    assert [rows[key]["steps"] for key in ("lora/192/0", "lora/384/0")] == [1, 2]
+    drawing = (tmp_path / "tiny.recovery.svg").read_text()
+    assert "LoRA on the tasks" in drawing
+    assert "dense" in drawing
+
+
+def test_curves_are_means_of_seeds() -> None:
+    solved = {"none": 0.1, "lora/2000/0": 0.2, "lora/2000/1": 0.4, "lora/1000/0": 0.2, "distill/1000/0": 0.5}
+    rows = {key: {"dev": {"target": {"value": value}}} for key, value in solved.items()}
+    assert recovery_study.curves({**rows, "lora/4000/0": {}}) == {
+        "LoRA on the tasks": [(0, 0.1), (1, 0.2), (2, pytest.approx(0.3))],
+        "distillation on text": [(0, 0.1), (1, 0.5)],
+    }
 
 
 def nats_of(folder: Path, talks: list[tuple[str, str]]) -> dict[str, float]:
