@@ -30,7 +30,7 @@ from flabc.compress.data.projects import projects
 from flabc.compress.model import CausalLM
 from flabc.errors import UsageError
 from flabc.perf.making import write
-from flabc.perf.methods import CALIBRATION, RESULTS, VOCABULARY
+from flabc.perf.methods import CALIBRATION, DTYPE, RESULTS, VOCABULARY
 from flabc.recipe import parse
 from flabc.runtime.evaluate.perplexity import score_text
 from flabc.runtime.evaluate.subject import Local
@@ -151,7 +151,7 @@ class Answers:
         folder = self.work / "model"
         shutil.rmtree(folder, ignore_errors=True)
         write(model, folder)
-        return Local(folder, EvalOptions(dtype="bfloat16", max_tokens=TOKENS), prompts)
+        return Local(folder, EvalOptions(dtype=DTYPE, max_tokens=TOKENS), prompts)
 
 
 def prompts_of(sources: Sequence[str]) -> list[str]:
