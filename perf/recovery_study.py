@@ -88,6 +88,9 @@ ROWS = {
     ),
 }
 
+#: The sides of mined tasks that are needed.
+SIDES = ("train", "dev", "test")
+
 #: Tasks of the side dev that are solved or not.
 SOLVED = 100
 
@@ -141,6 +144,7 @@ class Study:
         self.asked = asked
         self.work: Path = asked.work
         self.mined: Path = asked.tasks
+        check_sides(self.mined)
         self.file = RESULTS / f"{asked.name}.recovery.json"
         self.result: dict[str, Any] = json.loads(self.file.read_text()) if self.file.is_file() else {"rows": {}}
         self.dense, self.cut = self.work / DENSE, self.work / "cut"
@@ -275,8 +279,6 @@ class Study:
     def _talks(self) -> Iterator[tuple[str, str]]:
         """What is asked, as the template has it, and what the dense model answers."""
         rows = [row for row in read_jsonl(self.mined) if field(row, "split") == "test"][:TALKS]
-        if not rows:
-            raise UsageError(f"{self.mined} has no task of the side test.", fix="Mine more projects.")
         files = load.load(str(self.dense)).tokenizer
         talks = [[{"role": "user", "content": instruction(row["prompt"])}] for row in rows]
         prompts = [text for talk in talks if (text := rendered(files, talk, prompt=True)) is not None]
@@ -291,6 +293,22 @@ class Study:
         """Write the result; what was there stays until the new one is whole."""
         self.result["environment"] = environment()
         artifact.write_whole(self.file, json.dumps(self.result, indent=1) + "\n")
+
+
+def check_sides(tasks: Path) -> None:
+    """Before anything is cut: train is learnt, dev says what is solved, test is talked about.
+
+    Raises:
+        UsageError: if there are no tasks of one of them.
+    """
+    found = {field(row, "split") for row in read_jsonl(tasks)}
+    if lacking := [side for side in SIDES if side not in found]:
+        raise UsageError(
+            f"{tasks} has no task of the side {' or '.join(lacking)}.",
+            expected=", ".join(SIDES),
+            found=", ".join(sorted(found)) or "no tasks",
+            fix="Mine more projects: each is all on one side.",
+        )
 
 
 def curves(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:

@@ -110,6 +110,13 @@ def test_more_tokens_are_points_of_a_curve(study: Callable[..., dict[str, dict[s
     assert "dense" in drawing
 
 
+def test_tasks_of_all_sides_are_asked_for_at_first(study: Callable[..., object], tasks: Path, tmp_path: Path) -> None:
+    tasks.write_text("".join(line + "\n" for line in tasks.read_text().splitlines() if '"test"}' not in line))
+    with pytest.raises(UsageError, match=r"no task of the side test.*dev, train"):
+        study()
+    assert not list((tmp_path / "work").iterdir())
+
+
 def test_curves_are_means_of_seeds() -> None:
     solved = {"none": 0.1, "lora/2000/0": 0.2, "lora/2000/1": 0.4, "lora/1000/0": 0.2, "distill/1000/0": 0.5}
     rows = {key: {"dev": {"target": {"value": value}}} for key, value in solved.items()}
