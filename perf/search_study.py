@@ -54,6 +54,9 @@ MULTIPLE = 32
 
 TASKS = ("perplexity", "kl")
 
+#: What is kept of how a search's rates were cut.
+CUT = ("parameters", "layers", "seconds", "cpu", "calibration", "stages")
+
 
 def main() -> None:
     """Search, cut and measure what is missing, one row after another."""
@@ -106,8 +109,18 @@ class Study:
             return
         self.cells.setdefault(key, {"search_seconds": round(time.monotonic() - began, 1)})
         self.cells[key] |= said_of(found)
+        if (same := self._with_rates_of(key)) is not None:
+            self.cells[key] |= {name: value for name, value in same.items() if name in (*CUT, *TASKS)}
+            self.save()
+            return
         with self._cut(key) as model:
             self.measure(key, model, TASKS)
+
+    def _with_rates_of(self, key: str) -> Mapping[str, Any] | None:
+        """A cell whose model is the same: many ways find the same rates with every seed."""
+        stages = self.cells[key]["recipe"]["stages"]
+        found = (cell for cell in self.cells.values() if all(task in cell for task in ("recipe", *TASKS)))
+        return next((cell for cell in found if cell["recipe"]["stages"] == stages), None)
 
     def write_programs(self, size: str, row: str) -> None:
         """HumanEval by the seed whose model is nearest to the dense one on held-out text."""
@@ -142,8 +155,8 @@ class Study:
         shutil.rmtree(folder, ignore_errors=True)
         found = self.cells[key]["recipe"]
         recipe = parse({**found, "stages": [*found["stages"], {"stage": "restore"}]}, key)
-        self.cells[key] |= self.maker.make(recipe, folder)
-        self.cells[key]["recipe"] = found
+        made = self.maker.make(recipe, folder)
+        self.cells[key] |= {name: made[name] for name in CUT}
         yield str(folder)
         shutil.rmtree(folder)
 

@@ -6,12 +6,15 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM
 
 from flabc.errors import StageError
 from flabc.perf import search_study
+from flabc.perf.making import Maker
+from flabc.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,6 +31,13 @@ def test_searches_land_on_the_budget_and_are_made_once(
         "DTYPE": "float32",
     }.items():
         monkeypatch.setattr(search_study, name, value)
+    made, make = list[str](), Maker.make
+
+    def counted(maker: Maker, recipe: Recipe, folder: Path) -> dict[str, Any]:
+        made.append(recipe.name)
+        return make(maker, recipe, folder)
+
+    monkeypatch.setattr(Maker, "make", counted)
     model, work = str(tiny("qwen2-tied")), str(tmp_path / "work")
     rows = ["uniform", "evolution", "llm", "depth"]
     asked = ["search_study.py", model, "--name", "tiny", "--work", work, "--sizes", "30", "--rows", *rows]
@@ -50,6 +60,10 @@ def test_searches_land_on_the_budget_and_are_made_once(
     assert {rate for rates in depth.values() for rate in rates} == {0.0, 1.0}
     table = search_study.as_markdown(cells).splitlines()
     assert [line.split(" | ")[:3] for line in table[2:]] == [["| 70%", search_study.ROWS[row][0], "2"] for row in rows]
+
+    assert cells["30/uniform/0"]["kl"] == cells["30/uniform/1"]["kl"]
+    found = {json.dumps(cell["recipe"]["stages"]) for key, cell in cells.items() if key != "dense"}
+    assert len(made) == len(found) < 8  # the even rate is cut once for both seeds
 
     monkeypatch.setattr(search_study, "search", None)  # nothing is searched again
     search_study.main()
