@@ -278,13 +278,28 @@ def test_a_sweep_goes_from_large_to_small(
     assert again == done
 
 
-def test_a_sweep_over_time_is_drawn_over_time(model: str, wanted: Path, tmp_path: Path) -> None:
+def test_a_sweep_over_time_is_drawn_over_time(
+    model: str, wanted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layer = api.inspect(model).spec.layers[0]
-    heads = {each: 5.0 * each for each in range(1, layer.num_key_value_heads + 1)}
-    latencies = Latencies(ffn={layer.intermediate_size: 1.0}, heads=heads, rest=2.0)
-    even = SMALL.model_copy(update={"operator": "uniform", "latencies": latencies})
-    (point,) = sweeping.sweep(model, wanted, tmp_path / "swept", (0.8,), even).points
-    assert point.uniform_milliseconds == point.milliseconds is not None
+    heads = {each: 3.0 * each for each in range(1, layer.num_key_value_heads + 1)}
+    latencies = Latencies(ffn={layer.intermediate_size: 20.0}, heads=heads, rest=2.0)
+    few = SMALL.model_copy(update={"evaluations": 16, "latencies": latencies})
+    drawn, write = list[dict[str, Any]](), sweeping.write_curves
+
+    def counted(curves: dict[str, Any], *more: Any) -> None:
+        drawn.append(curves)
+        write(curves, *more)
+
+    monkeypatch.setattr(sweeping, "write_curves", counted)
+    (point,) = sweeping.sweep(model, wanted, tmp_path / "swept", (0.7,), few).points
+    assert drawn == [
+        {
+            "uniform": [(point.uniform_milliseconds, point.uniform_heldout_kl)],
+            "evolution": [(point.milliseconds, point.heldout_kl)],
+        }
+    ]
+    assert point.milliseconds != point.uniform_milliseconds
     assert "milliseconds of a step" in (tmp_path / "swept" / "sweep.svg").read_text()
 
 
