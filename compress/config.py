@@ -207,7 +207,8 @@ class Recovery(Frozen):
         chat: examples are conversations in the model's chat template.
         rank, alpha: of the adapters.
         weight_decay: of AdamW.
-        dtype: what is computed in; weights and the optimiser's state are float32.
+        dtype: what is computed in, ``auto`` for what the device multiplies fastest; weights and the optimiser's state
+            are float32.
         gradient_checkpointing: compute activations twice and keep few of them.
         evaluations: how often the loss on dev is measured, and the state kept.
         patience: of these without progress, after which training stops.
@@ -228,7 +229,7 @@ class Recovery(Frozen):
     rank: int = Field(16, gt=0)
     alpha: int = Field(32, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     gradient_checkpointing: bool = False
     evaluations: int = Field(10, gt=0)
     patience: int = Field(3, gt=0)
@@ -258,9 +259,10 @@ class RecoverConfig(Amount):
     batch: int = Field(4, gt=0, description="Sequences at once.")
     rank: int = Field(16, gt=0, description="Rank of the adapters.")
 
-    def options(self, seed: int) -> Recovery:
+    def options(self, seed: int, dtype: str) -> Recovery:
         """How ``flabc recover`` would be told the same."""
-        return Recovery(**self.model_dump(exclude={"stage", "sequences"}), alpha=2 * self.rank, seed=seed)
+        said = self.model_dump(exclude={"stage", "sequences"})
+        return Recovery.model_validate(said | {"alpha": 2 * self.rank, "seed": seed, "dtype": dtype})
 
 
 StageConfig = Annotated[

@@ -128,7 +128,7 @@ def _network(model: CausalLM, dtype: torch.dtype) -> Any:
     if PER_LAYER in checkpoint.config_of(model):  # the family's own class cannot build it
         with tempfile.TemporaryDirectory(prefix="flabc-") as folder:
             checkpoint.write(model, Path(folder))
-            return open_model(Path(folder), model.spec).to(dtype).eval()
+            return open_model(Path(folder), model.spec, dtype).eval()
     with quiet_transformers():
         network: Any = getattr(transformers, model.family.architecture).from_pretrained(
             None,

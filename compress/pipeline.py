@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from flabc.console import note
-from flabc.errors import FlabcError, StageError, UsageError
+from flabc.errors import FlabcError, StageError
 from flabc.families import Part
 from flabc.frozen import Frozen
 from flabc.spec import BYTES_PER_PARAMETER, ModelSpec
@@ -21,6 +20,7 @@ from flabc.spec import BYTES_PER_PARAMETER, ModelSpec
 from .config import Calibration, LayersConfig, RecoverConfig, RestoreConfig, Target, VocabConfig, WidthsConfig
 from .data import corpus
 from .data.corpus import Document, Split
+from .devices import compute_dtype, device_named
 from .generated import written
 from .layers import LAYERS
 from .model import CausalLM, check_weights
@@ -128,18 +128,6 @@ def run_stages(model: CausalLM, stages: Sequence[Frozen], context: Context) -> t
     return model, receipts
 
 
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """The fastest dtype that scores well: bfloat16 where the hardware multiplies it, else float32."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    if device.type == "cpu":
-        # Where AVX-512 lacks bfloat16, oneDNN "supports" it too, by emulation that is slower than float32.
-        x86 = platform.machine().lower() in ("x86_64", "amd64")
-        fast = torch.cpu._is_avx512_bf16_supported() if x86 else torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return torch.bfloat16 if fast else torch.float32
-    return torch.float32
-
-
 def bits_per_byte(model: CausalLM, context: Context) -> float:
     """What the model needs to encode held-out text, independent of its tokens; windows are cut by characters."""
     enough = [d for d in context.heldout if len(d.text) > 3 * CHECKED_LENGTH]
@@ -185,20 +173,6 @@ def check_target(model: CausalLM, context: Context) -> None:
             found=f"{found:,}; the nearest is target.params={nearest:.3f}",
             fix="Raise the target to that, or let the stages cut more; a stage without an amount takes the rest.",
         )
-
-
-def device_named(name: str) -> torch.device:
-    """A torch device.
-
-    Raises:
-        UsageError: if torch cannot compute there.
-    """
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise UsageError(f"Torch cannot compute on {name!r}: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def context_of(

@@ -1,8 +1,7 @@
 """Recovery: a cut model is trained, by transformers' Trainer, with adapters of peft or in all its weights.
 
-The loss is the mean over the tokens that are learnt of ``(1 - w) * CE + w * KL(teacher || student)``. The teacher may
-have a larger vocabulary: it reads the same tokens under its own ids, and its distribution is taken over those that
-the student has (``vocab_map.json`` says which).
+The loss is the mean over the tokens that are learnt of ``(1 - w) * CE + w * KL(teacher || student)``. A teacher with a
+larger vocabulary is cut to the student's tokens first (``vocab_map.json`` says which): its distribution is over these.
 
 Letters in shape comments: B sequences, T tokens of each, V the student's vocabulary.
 """
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -34,6 +33,7 @@ from flabc.spec import ModelSpec
 from . import processes
 from .config import Recovery
 from .data.examples import IGNORED, Example, collate, collate_packed, packed
+from .devices import dtype_named
 from .gguf_file import quiet_transformers
 
 #: The loss on dev, as Trainer knows it.
@@ -72,29 +72,10 @@ class Trained:
     curve: Sequence[Mapping[str, float]] = field(default=())
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """Who is followed.
+def open_model(folder: Path, spec: ModelSpec, dtype: torch.dtype = torch.float32) -> Any:
+    """A folder's model in transformers.
 
-    Args:
-        model: a causal model of transformers.
-        ids: the teacher's id of each of the student's tokens, (V,).
-    """
-
-    model: Any
-    ids: Tensor
-
-    @torch.no_grad()
-    def log_probs(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """What it says of the student's tokens, (B, T, V), in float32."""
-        theirs = {key: value for key, value in inputs.items() if key != "labels"}
-        theirs["input_ids"] = self.ids[theirs["input_ids"]]
-        logits = self.model(**theirs, use_cache=False).logits
-        return functional.log_softmax(logits[..., self.ids].float(), dim=-1)
-
-
-def open_model(folder: Path, spec: ModelSpec) -> Any:
-    """A folder's model in transformers, float32.
+    It is opened in its dtype, not converted: what positions are turned by stays in float32 then.
 
     Raises:
         EngineError: if the folder's module is not the one that flabc writes: it is not run then.
@@ -103,9 +84,7 @@ def open_model(folder: Path, spec: ModelSpec) -> Any:
 
     own = has_own_module(folder, family_named(spec.family))
     with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=own
-        )
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, trust_remote_code=own)
 
 
 def token_losses(logits: Tensor, labels: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
@@ -130,7 +109,7 @@ class _Trainer(Trainer):
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, teacher: Teacher | None, share: float, folder: Path, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, teacher: Any | None, share: float, folder: Path, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.teacher, self.share, self.folder = teacher, share, folder
         self.model_accepts_loss_kwargs = True  # so that it counts the tokens of all batches of a step
@@ -148,7 +127,7 @@ class _Trainer(Trainer):
 
     def _sums(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None, int]:
         asked = {key: value for key, value in inputs.items() if key != "labels"}
-        theirs = self.teacher.log_probs(inputs) if self.teacher is not None else None
+        theirs = log_probs(self.teacher, asked) if self.teacher is not None else None
         with self.compute_loss_context_manager():
             logits = model(**asked, use_cache=False).logits
         return token_losses(logits, inputs["labels"], theirs)
@@ -226,7 +205,7 @@ def check_finite(value: Tensor, step: int, folder: Path) -> None:
 
 def train(
     model: Any,
-    teacher: Teacher | None,
+    teacher: Any | None,
     examples: Sequence[Example],
     dev: Sequence[Example],
     options: Recovery,
@@ -240,7 +219,7 @@ def train(
 
     Args:
         model: a causal model of transformers; trained in place.
-        teacher: who is followed; needed where the KL counts.
+        teacher: who is followed, see ``as_teacher``; needed where the KL counts.
         examples: what is learnt.
         dev: what is watched.
         options: how.
@@ -352,7 +331,7 @@ def _arguments(options: Recovery, steps: int, folder: Path, device: str) -> Trai
         lr_scheduler_type="cosine",
         warmup_steps=round(options.warmup * steps),
         weight_decay=options.weight_decay,
-        bf16=options.dtype == "bfloat16",
+        bf16=dtype_named(options.dtype, torch.device(device)) == torch.bfloat16,
         gradient_checkpointing=options.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
         eval_strategy="steps",
@@ -375,12 +354,12 @@ def _arguments(options: Recovery, steps: int, folder: Path, device: str) -> Trai
     )
 
 
-def teacher_of(model: Any, ids: Sequence[int], device: str) -> Teacher:
-    """A teacher whose tokens are the student's.
+def as_teacher(model: Any, ids: Sequence[int], device: str) -> Any:
+    """A model that speaks in the student's ids: in place, its vocabulary becomes the student's.
 
     Args:
-        model: the teacher.
-        ids: its id of each of the student's tokens.
+        model: a causal model of transformers.
+        ids: its id of each of the student's tokens, (V,).
         device: a torch device.
 
     Raises:
@@ -394,4 +373,15 @@ def teacher_of(model: Any, ids: Sequence[int], device: str) -> Teacher:
             found=str(theirs),
             fix="Give the dense model as --teacher.",
         )
-    return Teacher(model.to(device).eval().requires_grad_(False), torch.tensor(list(ids), device=device))
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    rows, tied = torch.tensor(list(ids)), head.weight is embedding.weight
+    embedding.weight = nn.Parameter(embedding.weight.detach()[rows], requires_grad=False)
+    head.weight = embedding.weight if tied else nn.Parameter(head.weight.detach()[rows], requires_grad=False)
+    embedding.padding_idx = None  # it says which row is not trained
+    return model.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def log_probs(teacher: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """What a teacher says of the next token, (B, T, V), in float32."""
+    return functional.log_softmax(teacher(**inputs, use_cache=False).logits.float(), dim=-1)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from flabc.errors import CorpusError
 
@@ -26,7 +27,7 @@ from .stage import Context, Plan, Stage, encoder, openings
 from .stored import Weight
 
 if TYPE_CHECKING:
-    from .recover import Teacher, Trained
+    from .recover import Trained
 
 #: Pieces of text that there are for each that is drawn, if the text is long enough.
 DRAWN_FROM = 8
@@ -99,23 +100,23 @@ def _trained(
 ) -> Trained:
     from . import recover
 
-    options, device = config.options(context.seed), str(context.device)
-    teacher: Teacher | None = None
+    options, device = config.options(context.seed, str(context.dtype).removeprefix("torch.")), str(context.device)
+    teacher = None
     if options.share_of_kl(teacher=True):
         dense = cut_vocab(context.dense, model.token_origin)
-        opened = _opened(dense, scratch / "dense")
-        teacher = recover.teacher_of(opened, range(model.spec.vocab_size), device)
+        opened = _opened(dense, scratch / "dense", context.dtype)
+        teacher = recover.as_teacher(opened, range(model.spec.vocab_size), device)
     student = _opened(model, scratch / "model")
     return recover.train(student, teacher, examples, dev, options, scratch / "states", pad=0, device=device)
 
 
-def _opened(model: CausalLM, folder: Path) -> Any:
+def _opened(model: CausalLM, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The model in transformers, by a folder, as everybody opens it."""
     from . import recover
 
     folder.mkdir()
     checkpoint.write(model, folder)
-    return recover.open_model(folder, model.spec)
+    return recover.open_model(folder, model.spec, dtype)
 
 
 def apply(model: CausalLM, plan: RecoverPlan) -> CausalLM:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from flabc.compress import load
-from flabc.compress.pipeline import compute_dtype
+from flabc.compress.devices import compute_dtype
 from flabc.compress.walk import GONE, Decision, Variant, Walk, dense_variant, steps_of, without
 from flabc.runtime.measure.environment import environment
 

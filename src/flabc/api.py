@@ -235,7 +235,7 @@ def _checked(
     model: str, recipe: Recipe, output: str | Path | None, device: str, *, memory: int | None, allow_pickle: bool
 ) -> bool:
     """Make sure that memory and disk suffice; whether the weights have to stay on disk for that."""
-    from flabc.compress import load, pipeline, preflight
+    from flabc.compress import devices, load, preflight
     from flabc.compress.location import locate
     from flabc.compress.weight_files import can_stream, stored_bytes
 
@@ -247,7 +247,7 @@ def _checked(
         size,
         recipe.stages,
         recipe.calibration,
-        dtype=pipeline.compute_dtype(pipeline.device_named(device)),
+        dtype=devices.compute_dtype(devices.device_named(device)),
         memory=memory,
         can_stream=can_stream(location),
     )

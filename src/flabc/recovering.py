@@ -98,9 +98,9 @@ def recover(
     if tensorboard is not None:
         require("tensorboard", "tensorboard")
     from flabc.compress import checkpoint as checkpoints
-    from flabc.compress import load, pipeline, recover
+    from flabc.compress import devices, load, recover
 
-    pipeline.device_named(device)
+    place = devices.device_named(device)
     made = Artifact.open(checkpoint, "checkpoint")
     vocab_map = checkpoints.read_vocab_map(made.path)
     model = load.load(str(made.path))
@@ -121,7 +121,8 @@ def recover(
         followed = None
         if source is not None:
             ids = _teachers_ids(made.path, source.folder, model.token_origin)
-            followed = recover.teacher_of(recover.open_model(source.folder, source.spec), ids, device)
+            dtype = devices.dtype_named(options.dtype, place)
+            followed = recover.as_teacher(recover.open_model(source.folder, source.spec, dtype), ids, device)
         trained = recover.train(
             recover.open_model(made.path, model.spec),
             followed,

@@ -6,7 +6,6 @@ import bisect
 import hashlib
 import itertools
 import math
-import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from flabc.compress.data import corpus
 from flabc.compress.data.corpus import Document
 from flabc.compress.model import CausalLM, TokenizerFiles
 from flabc.compress.stage import Plan, Stage
-from flabc.errors import CorpusError, ModelError, StageError, UsageError
+from flabc.errors import CorpusError, ModelError, StageError
 from flabc.families import FAMILIES
 from flabc.frozen import Frozen
 
@@ -249,19 +248,6 @@ def test_too_little_text_is_counted(byte_level: TokenizerFiles) -> None:
         stage.sequences(stage.encoder(byte_level), documents, 30, 20, 0)
 
 
-@pytest.mark.usefixtures("one_thread")
-def test_the_precision_on_a_processor_is_one_it_multiplies_fast() -> None:
-    """Emulated bfloat16 takes three to five times as long as float32."""
-
-    def seconds(dtype: torch.dtype) -> float:
-        weight, tokens = torch.ones(1024, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-        return min(timeit.repeat(lambda: functional.linear(tokens, weight), number=1, repeat=20))
-
-    found = pipeline.compute_dtype(torch.device("cpu"))
-    assert found in (torch.bfloat16, torch.float32)
-    assert seconds(found) < 1.5 * seconds(torch.float32)
-
-
 def test_a_target_counts_parameters_of_the_dense_model(tied: CausalLM, calibration: Calibration, ran: Ran) -> None:
     step = 4 * 3 * tied.spec.hidden_size * 2
     goal = 0.6 * tied.spec.num_parameters
@@ -277,14 +263,6 @@ def test_a_model_can_be_cut_again(tied: CausalLM, calibration: Calibration, ran:
     )
     assert again.spec.vocab_size == 448
     assert len(again.spec.layers) == len(ran[0].spec.layers)
-
-
-def test_a_device_that_torch_lacks_is_a_usage_error() -> None:
-    with pytest.raises(UsageError, match="nonsense"):
-        pipeline.device_named("nonsense")
-    if not torch.cuda.is_available():
-        with pytest.raises(UsageError, match="cuda"):
-            pipeline.device_named("cuda")
 
 
 def test_a_target_that_the_stages_miss_is_told_with_the_nearest(tied: CausalLM) -> None:

@@ -55,16 +55,17 @@ def test_cross_entropy_is_transformers_own(tiny: Callable[[str], Path]) -> None:
     torch.testing.assert_close(ce / tokens, model(**batch).loss)
 
 
-def test_kl_is_that_of_torch_over_the_tokens_that_were_kept(tiny: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("family", ["qwen2-tied", "llama-untied-biased", "gemma3_text-tied"])
+def test_kl_is_that_of_torch_over_the_tokens_that_were_kept(tiny: Callable[[str], Path], family: str) -> None:
     """The teacher's ids, logits and normaliser are taken here by hand, token by token."""
-    dense = model_of(tiny("qwen2-tied"))
+    dense = model_of(tiny(family))
     keep = sorted(set(range(0, 700, 2)) | {1})
     student = torch.randn(2, 9, len(keep))
     labels = torch.randint(0, len(keep), (2, 9))
     labels[:, :3], labels[1, 7:] = IGNORED, IGNORED
     inputs = {"input_ids": torch.randint(0, len(keep), (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
-    teacher = recover.teacher_of(dense, keep, "cpu")
-    _, kl, tokens = recover.token_losses(student, labels, teacher.log_probs(inputs))
+    teacher = recover.as_teacher(model_of(tiny(family)), keep, "cpu")
+    _, kl, tokens = recover.token_losses(student, labels, recover.log_probs(teacher, inputs))
     logits = dense(torch.tensor(keep)[inputs["input_ids"]]).logits[..., keep]
     places = [(b, t - 1) for b in range(2) for t in range(1, 9) if labels[b, t] != IGNORED]
     each = [
@@ -77,7 +78,7 @@ def test_kl_is_that_of_torch_over_the_tokens_that_were_kept(tiny: Callable[[str]
 
 def test_a_teacher_without_the_students_tokens_is_refused(tiny: Callable[[str], Path]) -> None:
     with pytest.raises(ModelError, match="lacks some of its tokens"):
-        recover.teacher_of(model_of(tiny("qwen2-tied")), [0, 1, 7000], "cpu")
+        recover.as_teacher(model_of(tiny("qwen2-tied")), [0, 1, 7000], "cpu")
 
 
 def test_packed_examples_do_not_see_each_other(tiny: Callable[[str], Path], uneven: Path) -> None:
@@ -124,7 +125,9 @@ def test_rows_without_a_solution_are_refused() -> None:
         mined.solution({"prompt": "a", "text": "b"})
 
 
-OPTIONS = Recovery(batch=4, epochs=10, max_steps=12, evaluations=3, learning_rate=5e-3, rank=4, alpha=8)
+OPTIONS = Recovery(
+    batch=4, epochs=10, max_steps=12, evaluations=3, learning_rate=5e-3, rank=4, alpha=8, dtype="float32"
+)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -169,7 +172,11 @@ def test_distillation_comes_near_the_teacher(tiny: Callable[[str], Path], tmp_pa
     options = OPTIONS.model_copy(
         update={"method": "distill", "gradient_checkpointing": True, "packing": True, "dtype": "bfloat16"}
     )
-    teacher = recover.teacher_of(model_of(tiny("llama-tied")), student.token_origin, "cpu")
+    dtype = torch.bfloat16
+    opened = recover.open_model(tiny("llama-tied"), dense.spec, dtype)
+    teacher = recover.as_teacher(opened, student.token_origin, "cpu")
+    assert all(weight.dtype == dtype for weight in teacher.parameters())
+    assert {buffer.dtype for buffer in teacher.buffers()} == {torch.float32}  # angles of positions
     out = tmp_path / "states"
     data = examples(40), examples(6, seed=2)
     done = recover.train(recover.open_model(tmp_path / "student", student.spec), teacher, *data, options, out, pad=PAD)

@@ -46,7 +46,11 @@ if TYPE_CHECKING:
 @click.option("--rank", type=AT_LEAST_ONE, default=16, show_default=True, help="Rank of the adapters.")
 @click.option("--alpha", type=AT_LEAST_ONE, default=32, show_default=True, help="Their scale, over the rank.")
 @click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True, help="Compute in this."
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Compute in this; auto is what the device multiplies fastest.",
 )
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory for a third more time.")
 @click.option("--evaluations", type=AT_LEAST_ONE, default=10, show_default=True, help="Looks at the loss on dev.")
