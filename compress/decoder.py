@@ -56,13 +56,14 @@ class Surround:
         backbone.layers = nn.ModuleList()
         return torch.cat(parts)
 
-    def head(self) -> Head:
-        """What follows the layers."""
+    def head(self, rows: Tensor | None = None) -> Head:
+        """What follows the layers; of the vocabulary's rows only some, if they are given, (n,)."""
         self._backbone(0)  # its norm is the model's, whatever the type of the layer
         norm: Any = self._norm
         weights = {slot.name.rsplit(".", 1)[1]: slot for slot in self.model.family.tensors if slot.part is Part.NORM}
         norm.load_state_dict({name: self._moved(slot.role) for name, slot in weights.items()}, assign=True)
-        return Head(norm.eval(), self.model.output_matrix.to(self.device, self.dtype), self.model)
+        matrix = self.model.output_matrix if rows is None else self.model.output_matrix[rows]
+        return Head(norm.eval(), matrix.to(self.device, self.dtype), self.model)
 
     def _moved(self, role: str) -> Tensor:
         return self.model.tensor(role).to(self.device, self.dtype)

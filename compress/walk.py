@@ -74,6 +74,8 @@ class Walk:
         device: where to compute.
         dtype: in which precision.
         narrow: how a layer is narrowed, if decisions narrow any.
+        rows: the tokens that are read out, ascending, (n,): probabilities are among these, and V becomes n. All that
+            are in ``tokens`` are among them. None reads out all.
     """
 
     model: CausalLM
@@ -81,6 +83,7 @@ class Walk:
     device: torch.device
     dtype: torch.dtype
     narrow: Narrow | None = None
+    rows: Tensor | None = None
 
     @torch.no_grad()
     def run(self, variants: Iterable[Variant], listener: Listener | None = None) -> dict[Variant, Tensor]:
@@ -182,8 +185,8 @@ class Walk:
 
     def _groups(self) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
         """A few hundred positions at a time: the tokens that came next, and how hidden states are read there."""
-        head = self.surround.head()
-        targets = self.tokens[:, 1:].reshape(-1).to(self.device)
+        head, targets = self.surround.head(self.rows), self.tokens[:, 1:].reshape(-1)
+        targets = (targets if self.rows is None else torch.searchsorted(self.rows, targets)).to(self.device)
         for places in torch.arange(len(targets), device=self.device).split(LOGIT_ROWS):  # type: ignore[no-untyped-call]
             row, at = places // (self.tokens.shape[1] - 1), places % (self.tokens.shape[1] - 1)
             yield targets[places], lambda hidden, row=row, at=at: head.log_probs(hidden[row, at])  # type: ignore[misc]

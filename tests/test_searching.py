@@ -332,12 +332,14 @@ def test_workers_find_what_one_process_finds(
     asked = []
 
     @contextmanager
-    def here(population: Population, portions: Sequence[Any], workers: spread.Workers) -> Iterator[list[Rung]]:
+    def here(
+        population: Population, portions: Sequence[Any], workers: spread.Workers, top_k: int | None
+    ) -> Iterator[list[Rung]]:
         asked.append(workers)
-        each = [population.on(portion) for portion in portions]
+        each = [population.on(portion, top_k) for portion in portions]
         yield [Rung(portion.weight, portion.kl) for portion in each]
 
-    few = SMALL.model_copy(update={"evaluations": 12})
+    few = SMALL.model_copy(update={"evaluations": 12, "top_k": 2})
     alone = searching.search(model, wanted, tmp_path / "alone", few)
     monkeypatch.setattr(spread, "rungs", here)
     spreading = few.model_copy(update={"ray": "auto", "workers": 3})

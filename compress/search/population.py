@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from flabc.errors import CorpusError
@@ -70,18 +71,27 @@ class Population:
         """A genome as the walk takes it."""
         return tuple(self.decision(genome, layer) for layer in range(len(self.model.spec.layers)))
 
-    def on(self, tokens: Tensor) -> Measured:
-        """The same, to be compared on these tokens, (N, T)."""
+    def on(self, tokens: Tensor, top_k: int | None = None) -> Measured:
+        """The same, to be compared on these tokens, (N, T), over the likely tokens or over all."""
         context = self.context
-        return Measured(self, Walk(self.model, tokens, context.device, context.dtype, narrower(self.levels)))
+        walk = Walk(self.model, tokens, context.device, context.dtype, narrower(self.levels))
+        return Measured(self, walk, top_k)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A population and the tokens that it is compared on."""
+    """A population and the tokens that it is compared on.
+
+    Args:
+        population: it.
+        walk: over the tokens.
+        top_k: distributions are compared among the tokens that are somewhere in the text one of the dense model's so
+            many likeliest, and those of the text. Reading out a large vocabulary may take as long as the layers.
+    """
 
     population: Population
     walk: Walk
+    top_k: int | None = None
 
     @cached_property
     def _dense(self) -> Tensor:
@@ -89,6 +99,19 @@ class Measured:
         model = self.population.dense
         dense = dense_variant(model.spec)
         return replace(self.walk, model=model, narrow=None).run([dense])[dense]
+
+    @cached_property
+    def _read(self) -> Walk:
+        """The walk that reads out what is compared."""
+        vocabulary = self.population.model.spec.vocab_size
+        if self.top_k is None or self.top_k >= vocabulary:
+            return self.walk
+        likely = torch.zeros(vocabulary, dtype=torch.bool, device=self.walk.device)
+        likely[self.walk.tokens.flatten()] = True
+        dense = dense_variant(self.population.model.spec)
+        for said in self.walk.readouts({dense: self._dense}):
+            likely[said[dense].log_probs.topk(self.top_k).indices.flatten()] = True
+        return replace(self.walk, rows=likely.nonzero().flatten().cpu())
 
     @property
     def weight(self) -> int:
@@ -98,7 +121,7 @@ class Measured:
     def kl(self, genomes: Iterable[Genome]) -> dict[Genome, float]:
         """KL(dense || genome) over the token logits, in nats per token, of all genomes in one walk."""
         variants = {genome: self.population.variant(genome) for genome in genomes}
-        costs = self.walk.costs(self._dense, self.walk.run(variants.values()), kl) if variants else {}
+        costs = self._read.costs(self._dense, self.walk.run(variants.values()), kl) if variants else {}
         return {genome: costs[variant] for genome, variant in variants.items()}
 
 

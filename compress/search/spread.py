@@ -42,13 +42,16 @@ class Workers:
 
 
 @contextmanager
-def rungs(population: Population, portions: Sequence[Tensor], workers: Workers) -> Iterator[list[Rung]]:
+def rungs(
+    population: Population, portions: Sequence[Tensor], workers: Workers, top_k: int | None = None
+) -> Iterator[list[Rung]]:
     """The rungs of a search, measured by workers.
 
     Args:
         population: what is measured.
         portions: the tokens of each rung, (N, T).
         workers: by whom.
+        top_k: see ``population.Measured``.
 
     Raises:
         MissingExtraError: if Ray is not installed.
@@ -66,7 +69,7 @@ def rungs(population: Population, portions: Sequence[Tensor], workers: Workers) 
             max_restarts=RESTARTS,
             max_task_retries=RESTARTS,
         )(Worker)
-        sent = ray.put((bare, tuple(portions)))
+        sent = ray.put((bare, tuple(portions), top_k))
         team = [kind.remote(sent, threads) for _ in range(workers.count)]
         weights = [tokens[:, 1:].numel() for tokens in portions]
         yield [Rung(weight, partial(_measure, ray, team, at)) for at, weight in enumerate(weights)]
@@ -92,16 +95,16 @@ class Worker:
     """One of them, in its process.
 
     Args:
-        sent: the population and the tokens of each rung.
+        sent: the population, the tokens of each rung, and ``top_k``.
         threads: to compute with.
     """
 
-    def __init__(self, sent: tuple[Population, Sequence[Tensor]], threads: int) -> None:
+    def __init__(self, sent: tuple[Population, Sequence[Tensor], int | None], threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
-        population, portions = sent
-        self._measured = [population.on(tokens) for tokens in portions]
+        population, portions, top_k = sent
+        self._measured = [population.on(tokens, top_k) for tokens in portions]
 
     def kl(self, at: int, genomes: Sequence[Genome]) -> dict[Genome, float]:
         """The mean KL per token of genomes, on the tokens of a rung."""

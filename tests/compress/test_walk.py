@@ -83,6 +83,18 @@ def test_the_dense_walk_is_transformers_forward(pair: tuple[CausalLM, Any]) -> N
     assert torch.equal(torch.cat([readout.targets for readout in said]), walker.tokens[:, 1:].flatten())
 
 
+def test_some_rows_alone_may_be_read_out(pair: tuple[CausalLM, Any]) -> None:
+    ours, theirs = pair
+    whole = float_walk(ours)
+    rows = torch.cat([whole.tokens.flatten(), torch.arange(0, ours.spec.vocab_size, 7)]).unique()
+    dense = dense_variant(ours.spec)
+    walker = replace(whole, rows=rows)
+    said = [group[dense] for group in walker.readouts(walker.run([dense]))]
+    expected = log_probs(theirs, walker.tokens)[:, rows].log_softmax(-1)
+    torch.testing.assert_close(torch.cat([readout.log_probs for readout in said]), expected, atol=2e-5, rtol=1e-4)
+    assert torch.equal(rows[torch.cat([readout.targets for readout in said])], walker.tokens[:, 1:].flatten())
+
+
 def test_leaving_each_part_out_costs_what_a_model_without_it_costs(pair: tuple[CausalLM, Any]) -> None:
     ours, theirs = pair
     walker = float_walk(ours)

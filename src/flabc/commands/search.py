@@ -49,6 +49,13 @@ if TYPE_CHECKING:
     help="Calibration windows to compare on: all candidates on the first, survivors on more.",
 )
 @click.option(
+    "--top-k",
+    type=AT_LEAST_ONE,
+    default=64,
+    show_default=True,
+    help="Compare over the tokens that are somewhere among the dense model's so many likeliest.",
+)
+@click.option(
     "--latencies",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A table of milliseconds by width, measured where the model will serve: targets are then fractions of time.",

@@ -20,7 +20,9 @@ class Options(Frozen):
     """How to search.
 
     ``sequences`` are the calibration windows that candidates are compared on: all on the first number of them, the
-    survivors on the next; ``levels`` the sizes that each place can have; ``evaluate_on`` the corpora of held-out text.
+    survivors on the next; ``top_k`` restricts that to tokens that are somewhere in them among the dense model's so many
+    likeliest; ``levels`` the sizes that each place can have; ``evaluate_on`` the corpora of held-out text, on which the
+    best is compared over all tokens.
     The operator ``llm`` asks ``llm_model`` at ``llm_url``, or the model in ``llm_folder``, which is run here, or takes
     its replies from a transcript; when that fails for good, the search ends unless a ``fallback`` goes on. With
     ``latencies``, measured where the model will serve, the budget is time instead of parameters. ``ray`` is where so
@@ -32,6 +34,7 @@ class Options(Frozen):
     offspring: int = 16
     levels: int = 16
     sequences: tuple[int, ...] = (2, 8)
+    top_k: int | None = Field(64, gt=0)
     sub_blocks: bool = False
     evaluate_on: tuple[str, ...] = ()
     llm_url: str | None = None

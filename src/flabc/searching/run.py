@@ -276,8 +276,9 @@ def _rungs(population: Population, options: Options) -> Iterator[list[Rung]]:
     tokens = population.context.tokens(population.model)
     portions = [tokens[begin:end] for begin, end in pairwise((0, *options.sequences))]
     if options.ray is None:
-        here = [population.on(portion) for portion in portions]
+        here = [population.on(portion, options.top_k) for portion in portions]
         yield [Rung(each.weight, each.kl) for each in here]
     else:
-        with spread.rungs(population, portions, spread.Workers(options.workers, options.ray)) as rungs:
+        workers = spread.Workers(options.workers, options.ray)
+        with spread.rungs(population, portions, workers, options.top_k) as rungs:
             yield rungs

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from flabc.compress import load, widths
 from flabc.compress.config import WidthsConfig
@@ -72,6 +73,24 @@ def test_costs_are_those_of_candidates_that_were_really_cut(
         brute = float((dense.exp() * (dense - said)).sum(-1).mean())
         assert brute > 1e-3
         assert found[genome] == pytest.approx(brute, rel=1e-3)
+
+
+def test_costs_may_be_among_the_likely_tokens_alone(tied: CausalLM, make_context: MakeContext) -> None:
+    """The tokens and what is normalised over them are taken here by hand, from torch."""
+    context = make_context(tied)
+    population, config = made(tied, context)
+    tokens, genome = context.tokens(tied)[2:5], some(population, 2)[0]
+    stage = WidthsConfig.model_validate(
+        {**config.model_dump(), "rates": rates_of(population.space.whole, genome, config.of)}
+    )
+    dense, said = (log_probs(model, tokens) for model in (tied, widths.apply(tied, widths.plan(tied, stage, context))))
+    likely = sorted({*tokens.flatten().tolist(), *dense.argsort(descending=True)[:, :3].flatten().tolist()})
+    assert len(likely) < tied.spec.vocab_size / 2
+    theirs, ours = (each[:, likely].log_softmax(-1) for each in (dense, said))
+    expected = float(functional.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1).mean())
+    assert population.on(tokens, top_k=3).kl([genome])[genome] == pytest.approx(expected, rel=1e-3)
+    measured = population.on(tokens)
+    assert population.on(tokens, top_k=tied.spec.vocab_size).kl([genome]) == measured.kl([genome])
 
 
 def test_what_a_genome_costs_does_not_depend_on_who_rides_along(tied: CausalLM, make_context: MakeContext) -> None:

@@ -21,6 +21,9 @@ from flabc.errors import StageError, UsageError
 ray = pytest.importorskip("ray", reason="Ray is not installed (extra distributed)")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+#: Small enough to leave tokens out.
+TOP_K = 2
+
 
 @pytest.fixture(scope="module")
 def population(tiny: Callable[[str], Path]) -> Population:
@@ -48,7 +51,7 @@ def genomes(population: Population) -> list[Genome]:
 
 @pytest.fixture(scope="module")
 def alone(population: Population, portions: list[torch.Tensor], genomes: list[Genome]) -> list[dict[Genome, float]]:
-    return [population.on(tokens).kl(genomes) for tokens in portions]
+    return [population.on(tokens, TOP_K).kl(genomes) for tokens in portions]
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +83,7 @@ def test_workers_measure_what_one_process_measures_even_if_one_is_killed(
             return found
 
     monkeypatch.setattr(spread, "Worker", Dies)
-    with spread.rungs(population, portions, spread.Workers(2)) as rungs:
+    with spread.rungs(population, portions, spread.Workers(2), TOP_K) as rungs:
         assert [rung.weight for rung in rungs] == [population.on(tokens).weight for tokens in portions]
         assert [dict(rung.measure(genomes)) for rung in rungs] == alone
         assert killed.exists()
