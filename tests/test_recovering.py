@@ -72,6 +72,7 @@ def test_a_recovered_checkpoint_is_one_and_says_how_it_came_to_be(
     assert receipt["data"] == found["data"]
     assert receipt["after"] == found["after"]
     assert receipt["options"]["rank"] == 16
+    assert receipt["options"]["dtype"] in ("float32", "bfloat16")  # what "auto" came to here
     card = (out / "README.md").read_text()
     assert card.startswith((tiny_checkpoint / "README.md").read_text().rstrip("\n"))
     assert f"| cross-entropy | {found['before']['ce']:.4f} | {found['after']['ce']:.4f} |" in card

@@ -100,7 +100,9 @@ def recover(
     from flabc.compress import checkpoint as checkpoints
     from flabc.compress import devices, load, recover
 
-    place = devices.device_named(device)
+    dtype = devices.dtype_named(options.dtype, devices.device_named(device))
+    # A run goes on in the precision that it was begun in, or not at all.
+    options = options.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     made = Artifact.open(checkpoint, "checkpoint")
     vocab_map = checkpoints.read_vocab_map(made.path)
     model = load.load(str(made.path))
@@ -121,7 +123,6 @@ def recover(
         followed = None
         if source is not None:
             ids = _teachers_ids(made.path, source.folder, model.token_origin)
-            dtype = devices.dtype_named(options.dtype, place)
             followed = recover.as_teacher(recover.open_model(source.folder, source.spec, dtype), ids, device)
         trained = recover.train(
             recover.open_model(made.path, model.spec),
