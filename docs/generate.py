@@ -12,7 +12,7 @@ from statistics import median
 import click
 
 from flabc.cli import cli
-from flabc.perf import axes, evaluation, figures, methods, mined_samples, peer_table, table
+from flabc.perf import axes, evaluation, figures, methods, mined_samples, peer_table, population_speed, table
 from flabc.perf.comparison import EvalRow
 from flabc.perf.evaluation import EvalResult
 from flabc.perf.peer_table import PeersResult
@@ -109,6 +109,7 @@ def speed_of_compressing() -> str:
     """What makes compressing fast, as it was measured."""
     walk = json.loads((RESULTS / "walk.json").read_text(encoding="utf-8"))
     left_out, offspring = walk["cases"].values()
+    population = json.loads((RESULTS / "population.json").read_text(encoding="utf-8"))
     counted = json.loads((RESULTS / "vocabulary-speed.json").read_text(encoding="utf-8"))["tokenizers"]
     counting = " and ".join(
         f"{row['counting_s']:.0f} s ({name}, {row['vocab_size']:,} tokens)" for name, row in counted.items()
@@ -117,7 +118,7 @@ def speed_of_compressing() -> str:
         f"One walk over all variants of {walk['model']} with a layer left out takes {left_out['ratio']:.1f} times less "
         f"than a forward pass for\neach, 32 offspring of one parent {offspring['ratio']:.1f} times less "
         f"(`perf/walk_speed.py`). The tokens of 100 MB of text are counted in\n{counting} "
-        "(`perf/vocabulary_speed.py`)."
+        f"(`perf/vocabulary_speed.py`).\n\n{population_speed.as_text(population)}"
     )
 
 

@@ -114,6 +114,12 @@ class Measured:
         return replace(self.walk, rows=likely.nonzero().flatten().cpu())
 
     @property
+    def tokens_compared(self) -> int:
+        """Tokens of the vocabulary that distributions are compared over."""
+        rows = self._read.rows
+        return self.population.model.spec.vocab_size if rows is None else len(rows)
+
+    @property
     def weight(self) -> int:
         """Tokens that are compared."""
         return self.walk.tokens[:, 1:].numel()
