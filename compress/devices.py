@@ -40,3 +40,8 @@ def dtype_named(name: Literal["auto", "float32", "bfloat16"], device: torch.devi
     """The dtype of a name; ``auto`` is what the device computes fastest in."""
     found: torch.dtype = compute_dtype(device) if name == "auto" else getattr(torch, name)
     return found
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """A dtype's name, as options have it."""
+    return str(dtype).removeprefix("torch.")

@@ -22,6 +22,7 @@ from flabc.errors import CorpusError
 from . import checkpoint
 from .config import RecoverConfig
 from .data.examples import DEV_ONE_IN, Example, of_texts
+from .devices import name_of
 from .model import CausalLM, cut_vocab
 from .stage import Context, Plan, Stage, encoder, openings
 from .stored import Weight
@@ -100,7 +101,7 @@ def _trained(
 ) -> Trained:
     from . import recover
 
-    options, device = config.options(context.seed, str(context.dtype).removeprefix("torch.")), str(context.device)
+    options, device = config.options(context.seed, name_of(context.dtype)), str(context.device)
     teacher = None
     if options.share_of_kl(teacher=True):
         dense = cut_vocab(context.dense, model.token_origin)

@@ -23,7 +23,7 @@ import torch
 from flabc import api, artifact
 from flabc.compress import load, pipeline
 from flabc.compress.config import Calibration, Target
-from flabc.compress.devices import compute_dtype
+from flabc.compress.devices import compute_dtype, name_of
 from flabc.errors import FlabcError, UsageError
 from flabc.perf import comparison, evaluation
 from flabc.perf.making import Maker, write
@@ -53,7 +53,7 @@ ROWS = {"all-22": 39_232, "all-35": 28_160, "all-50": 28_672}
 WRITTEN = ("all-22", "all-35", "blocks-22", "blocks-35")
 
 #: What models are read in; each machine reads the dense one anew, so a row is compared with one of its own dtype.
-DTYPE = str(compute_dtype(torch.device("cpu"))).removeprefix("torch.")
+DTYPE = name_of(compute_dtype(torch.device("cpu")))
 
 DENSE = "dense"
 

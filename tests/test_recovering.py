@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from flabc import recovering
 from flabc.artifact import Artifact
 from flabc.cli import cli
-from flabc.compress import checkpoint, load
+from flabc.compress import checkpoint, devices, load
 from flabc.compress.config import Recovery
 from flabc.compress.model import cut_layers
 from flabc.errors import MissingExtraError, ModelError, RecoveryError, UsageError
@@ -72,7 +72,8 @@ def test_a_recovered_checkpoint_is_one_and_says_how_it_came_to_be(
     assert receipt["data"] == found["data"]
     assert receipt["after"] == found["after"]
     assert receipt["options"]["rank"] == 16
-    assert receipt["options"]["dtype"] in ("float32", "bfloat16")  # what "auto" came to here
+    fastest = devices.compute_dtype(torch.device("cpu"))
+    assert getattr(torch, receipt["options"]["dtype"]) == fastest  # what "auto" came to here
     card = (out / "README.md").read_text()
     assert card.startswith((tiny_checkpoint / "README.md").read_text().rstrip("\n"))
     assert f"| cross-entropy | {found['before']['ce']:.4f} | {found['after']['ce']:.4f} |" in card

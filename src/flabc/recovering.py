@@ -102,7 +102,7 @@ def recover(
 
     dtype = devices.dtype_named(options.dtype, devices.device_named(device))
     # A run goes on in the precision that it was begun in, or not at all.
-    options = options.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    options = options.model_copy(update={"dtype": devices.name_of(dtype)})
     made = Artifact.open(checkpoint, "checkpoint")
     vocab_map = checkpoints.read_vocab_map(made.path)
     model = load.load(str(made.path))

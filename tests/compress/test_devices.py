@@ -37,3 +37,4 @@ def test_a_precision_by_its_name() -> None:
     cpu = torch.device("cpu")
     assert devices.dtype_named("bfloat16", cpu) == torch.bfloat16
     assert devices.dtype_named("auto", cpu) == devices.compute_dtype(cpu)
+    assert devices.name_of(torch.bfloat16) == "bfloat16"

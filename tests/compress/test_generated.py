@@ -58,6 +58,9 @@ def test_a_model_whose_layers_differ_writes_too(tiny: Callable[[str], Path], doc
     uneven = cut_channels(load.load(str(tiny("llama-tied"))), {1: range(32)})
     assert not uneven.spec.is_uniform
     assert len(write(uneven, documents)) >= generated.needed(SHORT)
+    network = generated._network(uneven, torch.bfloat16)
+    assert {weight.dtype for weight in network.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in network.buffers()} == {torch.float32}  # angles of positions
 
 
 def test_what_it_writes_is_what_transformers_samples(
