@@ -48,11 +48,25 @@ class Surround:
         embedding.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # not needed between the layers
         return hidden * self.model.config[key] if key else hidden
 
-    def forward(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
-        """One layer over sequences, (N, T, D) to (N, T, D), ``BATCH`` of them at a time."""
+    def forward(self, layer: nn.Module, index: int, hidden: Tensor, firsts: int = 0) -> Tensor:
+        """One layer over sequences, (N, T, D) to (N, T, D), ``BATCH`` of them at a time.
+
+        Args:
+            layer: it.
+            index: its number.
+            hidden: what it receives, (N, T, D).
+            firsts: so many sequences at the end are none: each of their tokens stands alone, at the first position.
+        """
         backbone: Any = self._backbone(index)
         backbone.layers = nn.ModuleList([layer])
-        parts = [backbone(inputs_embeds=part, use_cache=False).last_hidden_state for part in hidden.split(BATCH)]  # type: ignore[no-untyped-call]
+        texts = len(hidden) - firsts
+        parts = list[Tensor]()
+        for begin in range(0, texts, BATCH):
+            part = hidden[begin : min(begin + BATCH, texts)]
+            parts.append(backbone(inputs_embeds=part, use_cache=False).last_hidden_state)
+        for part in hidden[texts:]:
+            alone = backbone(inputs_embeds=part[:, None], use_cache=False).last_hidden_state
+            parts.append(alone.view_as(part[None]))
         backbone.layers = nn.ModuleList()
         return torch.cat(parts)
 

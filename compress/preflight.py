@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 
 import psutil
@@ -81,7 +82,7 @@ def workspace_bytes(spec: ModelSpec, stages: Sequence[Frozen], calibration: Cali
     one_layer = max(sum(layer.values()) for layer in spec.layer_parameters())
     always = computed * (2 * spec.vocab_size * hidden + 2 * one_layer)
     always += 3 * 4 * LOGIT_ROWS * spec.vocab_size
-    tokens = calibration.sequences * calibration.sequence_length
+    tokens = ceil(calibration.sequences * (1 + calibration.first_tokens)) * calibration.sequence_length
     needs = [tokens * hidden * computed]
     if calibration.generated:
         room = min(generated.BATCH, generated.count(calibration)) * generated.length(calibration)

@@ -44,22 +44,23 @@ def plan(model: CausalLM, config: RestoreConfig, context: Context) -> RestorePla
     if not _narrower(model, context.dense):
         return RestorePlan("restore: no layer was cut; nothing to restore")
     tokens = context.tokens(model)
-    walk = Walk(model, tokens, context.device, context.dtype)
-    hidden = walk.embed()
+    firsts = context.firsts(model, tokens)
+    walk = Walk(model, tokens, context.device, context.dtype, firsts=firsts)
+    hidden, texts = walk.embed(), len(tokens)
     refitted, count, before, after = dict[str, Weight](), 0, 0.0, 0.0
     with torch.no_grad(), progress("restoring layers", len(model.spec.layers)) as advance:
-        for layer, aims in enumerate(dense_states(model, context, tokens)):
+        for layer, aims in enumerate(dense_states(model, context, tokens, firsts)):
             weights = walk.fetch(layer)
             for role, aim in aims.items():
                 if not _has(model, role, layer):
                     continue
                 block = _through(walk, layer, role, weights, hidden)
-                before = _distance(block.hidden, aim.hidden)
+                before = _distance(block.hidden[:texts], aim.hidden[:texts])
                 changes, step = _refit(model, role, layer, block.lacks(aim), block.inputs, config.damping)
                 for name, by in changes.items():
                     refitted[name] = context.keep(loaded(model.weights[name]).float() + by.cpu(), model)
                 hidden = block.changed(step)
-                after = _distance(hidden, aim.hidden)
+                after = _distance(hidden[:texts], aim.hidden[:texts])
                 count += 1
             advance(1)
     details = {"refitted": count, "last_layer_before": round(before, 6), "last_layer": round(after, 6)}
@@ -88,7 +89,7 @@ class Aim:
     output: Tensor | None = None
 
 
-def dense_states(model: CausalLM, context: Context, tokens: Tensor) -> Iterator[dict[str, Aim]]:
+def dense_states(model: CausalLM, context: Context, tokens: Tensor, firsts: Tensor | None) -> Iterator[dict[str, Aim]]:
     """What the dense model has where each sub-block of the cut model ends, computed as it is needed.
 
     A layer stands for itself and for those removed between it and the one before it; what was removed behind the
@@ -98,6 +99,7 @@ def dense_states(model: CausalLM, context: Context, tokens: Tensor) -> Iterator[
         model: the cut model.
         context: has the dense model.
         tokens: in the cut model's ids, (N, T).
+        firsts: those that stand alone, (M, T).
 
     Yields:
         for each layer, what to follow behind the attention (``o``) and behind the FFN (``down``).
@@ -112,7 +114,7 @@ def dense_states(model: CausalLM, context: Context, tokens: Tensor) -> Iterator[
                 projection.register_forward_hook(lambda _, __, output, heard=heard: heard.append(output.flatten(0, 1)))
         return nullcontext()
 
-    walk = Walk(dense, tokens, context.device, context.dtype)
+    walk = Walk(dense, tokens, context.device, context.dtype, firsts=firsts)
     stream = walk.stream(dense_variant(dense.spec), listener if model.family.normed_outputs else None)
     ends = [*model.layer_origin[:-1], len(dense.spec.layers) - 1]
     for origin, end in zip(model.layer_origin, ends, strict=True):
@@ -264,7 +266,7 @@ def _through(walk: Walk, index: int, role: str, weights: Mapping[str, Tensor], h
 
     module.get_submodule(_inner(model, role, index)).register_forward_hook(hear)
     start = hidden.to(walk.dtype)
-    after = walk.surround.forward(module, index, start).float()
+    after = walk.forward(module, index, start).float()
     key = model.family.output_multiplier
     behind = None
     if normed:

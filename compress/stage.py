@@ -7,6 +7,7 @@ Nothing is cut while a plan is made. A stage stops at the recipe's target, but f
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
@@ -90,6 +91,23 @@ class Context:
             self.seed,
             openings(model),
         )
+
+    def firsts(self, model: CausalLM, tokens: Tensor) -> Tensor | None:
+        """The tokens that fits hear each as the first of a text, (M, T), the most frequent of the sequences, (N, T).
+
+        A model makes of the first token what the token alone says, and all that come after attend to it (Xiao et al.,
+        2023, "attention sinks"). The sequences have as many first tokens as there are sequences; where a text begins
+        with another one, a model that was fitted to these alone has lost that state, and is worse at the whole text.
+
+        Returns:
+            None if the tokenizer itself puts a first token before every text.
+        """
+        count = math.ceil(len(tokens) * self.calibration.first_tokens)
+        if not count or before_text(encoder(model.tokenizer)):
+            return None
+        frequent = tokens.flatten().bincount().sort(descending=True, stable=True)
+        found = frequent.indices[frequent.values > 0]
+        return found.repeat(-(-count * tokens.shape[1] // len(found)))[: count * tokens.shape[1]].view(count, -1)
 
 
 @dataclass(frozen=True)

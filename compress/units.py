@@ -102,7 +102,8 @@ def listen(
         for place, ear in ears.items():
             tell(place, ear.heard())
 
-    Walk(model, tokens, context.device, context.dtype).run([dense_variant(model.spec)], listener)
+    walk = Walk(model, tokens, context.device, context.dtype, firsts=context.firsts(model, tokens))
+    walk.run([dense_variant(model.spec)], listener)
 
 
 class _Ear:

@@ -76,6 +76,8 @@ class Walk:
         narrow: how a layer is narrowed, if decisions narrow any.
         rows: the tokens that are read out, ascending, (n,): probabilities are among these, and V becomes n. All that
             are in ``tokens`` are among them. None reads out all.
+        firsts: tokens that go through the layers too, each alone as the first of a text, (M, T); N becomes N + M where
+            there are hidden states. They are not read out.
     """
 
     model: CausalLM
@@ -84,6 +86,7 @@ class Walk:
     dtype: torch.dtype
     narrow: Narrow | None = None
     rows: Tensor | None = None
+    firsts: Tensor | None = None
 
     @torch.no_grad()
     def run(self, variants: Iterable[Variant], listener: Listener | None = None) -> dict[Variant, Tensor]:
@@ -117,7 +120,7 @@ class Walk:
             if not prefix[-1].skips:
                 layer = self.layer(index, prefix[-1], weights)
                 with listener(index, layer) if listener else nullcontext():
-                    hidden = self.surround.forward(layer, index, hidden)
+                    hidden = self.forward(layer, index, hidden)
                 advance(1)
             after[prefix] = hidden
         return after
@@ -130,7 +133,11 @@ class Walk:
     @torch.no_grad()
     def embed(self) -> Tensor:
         """The hidden states that the first layer receives, (N, T, D)."""
-        return self.surround.embed(self.tokens)
+        return self.surround.embed(self.tokens if self.firsts is None else torch.cat([self.tokens, self.firsts]))
+
+    def forward(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        """One layer, of number ``index``, over the hidden states of the tokens, (N, T, D) to (N, T, D)."""
+        return self.surround.forward(layer, index, hidden, 0 if self.firsts is None else len(self.firsts))
 
     def fetch(self, index: int) -> dict[str, Tensor]:
         """One layer's weights, where and in the precision that the walk computes."""
@@ -172,7 +179,7 @@ class Walk:
             return hidden
         layer = self.layer(index, half, weights)
         with listener(index, layer) if listener else nullcontext():
-            return self.surround.forward(layer, index, hidden)
+            return self.forward(layer, index, hidden)
 
     @torch.no_grad()
     def readouts(self, hidden: Mapping[Variant, Tensor]) -> Iterator[dict[Variant, Readout]]:

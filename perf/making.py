@@ -94,9 +94,15 @@ class Maker:
         return Made(start, (), first, context, seconds)
 
     def _text(self, calibration: Calibration) -> pipeline.Text:
-        if calibration not in self._texts:
-            self._texts[calibration] = pipeline.text_of(load.load(self.model), calibration, "cpu", 0)
-        return self._texts[calibration]
+        read = as_read(calibration)
+        if read not in self._texts:
+            self._texts[read] = pipeline.text_of(load.load(self.model), read, "cpu", 0)
+        return self._texts[read]
+
+
+def as_read(calibration: Calibration) -> Calibration:
+    """What of a calibration decides which text is read."""
+    return calibration.model_copy(update={"first_tokens": 0.0})
 
 
 def write(model: CausalLM, folder: Path, recipe: Any = None, receipts: Any = None) -> None:

@@ -26,7 +26,7 @@ from flabc.compress.config import Calibration, Target
 from flabc.compress.devices import compute_dtype, name_of
 from flabc.errors import FlabcError, UsageError
 from flabc.perf import comparison, evaluation
-from flabc.perf.making import Maker, write
+from flabc.perf.making import Maker, as_read, write
 from flabc.recipe import Recipe, parse
 from flabc.runtime.evaluate.task import EvalOptions
 from flabc.runtime.measure.environment import environment
@@ -52,6 +52,9 @@ ROWS = {"all-22": 39_232, "all-35": 28_160, "all-50": 28_672}
 #: Sizes at which code is written, not only read.
 WRITTEN = ("all-22", "all-35", "blocks-22", "blocks-35")
 
+#: As many tokens more, as a share, are heard by flabc as the first of a text: what recipes do if nothing is said.
+FIRST_TOKENS = Calibration().first_tokens
+
 #: What models are read in; each machine reads the dense one anew, so a row is compared with one of its own dtype.
 DTYPE = name_of(compute_dtype(torch.device("cpu")))
 
@@ -70,6 +73,7 @@ class Method:
         emitted: cut the vocabulary first to the tokens that the corpus emits, whatever they are derived from.
         target: whether the stages are told the target; else they count for themselves.
         generated: listen to as much of the dense model's own text as of each corpus, beside these.
+        first_tokens: hear so many tokens more, each as the first of a text.
         sizes: at which it is made.
     """
 
@@ -78,6 +82,7 @@ class Method:
     emitted: bool = False
     target: bool = True
     generated: bool = False
+    first_tokens: float = 0.0
     sizes: Collection[str] = tuple(TARGETS)
 
 
@@ -135,11 +140,13 @@ METHODS = {
     "wanda-sp": Method("Wanda-sp, uniform", wanda_sp),
     "flap": Method("FLAP", flap("ffn", "heads")),
     "flap-channels": Method("FLAP, channels only", flap("ffn")),
-    "ours-unrestored": Method("flabc without restoration", ours(restore=False)),
-    "ours": Method("flabc", ours(restore=True)),
-    "ours-kl": Method("flabc, rates by KL", ours(restore=True, allocation="kl")),
+    "ours-unrestored": Method("flabc without restoration", ours(restore=False), first_tokens=FIRST_TOKENS),
+    "ours": Method("flabc", ours(restore=True), first_tokens=FIRST_TOKENS),
+    "ours-kl": Method("flabc, rates by KL", ours(restore=True, allocation="kl"), first_tokens=FIRST_TOKENS),
     "ours-rows": Method("flabc, vocabulary alone", vocabulary_alone, sizes=("all-22",)),
-    "ours-generated": Method("flabc, on the model's own text too", ours(restore=True), generated=True),
+    "ours-text-unrestored": Method("flabc without restoration, on texts alone", ours(restore=False)),
+    "ours-text": Method("flabc, on texts alone", ours(restore=True)),
+    "ours-generated": Method("flabc, on texts alone, the model's own too", ours(restore=True), generated=True),
 }
 
 
@@ -275,7 +282,7 @@ class Table:
             for name, cell in self.cells.items()
             if name != key
             and "calibration" in cell
-            and Calibration.model_validate(cell["recipe"]["calibration"]) == calibration
+            and as_read(Calibration.model_validate(cell["recipe"]["calibration"])) == as_read(calibration)
         }
         here = self.maker.fingerprint(calibration) if others else ""
         for name, there in others.items():
@@ -347,7 +354,7 @@ def recipe_of(key: str, method: Method, dense: ModelSpec, left: int, size: str) 
     """A cell's recipe."""
     stages = method.stages(dense, left, ROWS.get(size))
     target = {"target": {"params": left}} if method.target else {}
-    calibration = {**CALIBRATION, "generated": method.generated}
+    calibration = {**CALIBRATION, "generated": method.generated, "first_tokens": method.first_tokens}
     return parse({"name": key, **target, "calibration": calibration, "stages": stages}, key)
 
 

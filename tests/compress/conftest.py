@@ -75,12 +75,14 @@ def untied(tiny: Callable[[str], Path]) -> CausalLM:
 
 @pytest.fixture(scope="session")
 def make_context() -> Callable[..., Context]:
-    """A context over a small corpus; ``keep`` is the fraction of the parameters to be left."""
+    """A context over a small corpus; ``keep`` is the fraction of the parameters to be left. Text alone, if not told."""
 
-    def make(model: CausalLM, *, keep: float | None = None, sequences: int = 6, length: int = 48) -> Context:
+    def make(
+        model: CausalLM, *, keep: float | None = None, sequences: int = 6, length: int = 48, first_tokens: float = 0.0
+    ) -> Context:
         return Context(
             dense=model,
-            calibration=Calibration.model_validate({"sequences": sequences, "sequence_length": length}),
+            calibration=Calibration(sequences=sequences, sequence_length=length, first_tokens=first_tokens),
             documents=documents("calibration"),
             heldout=documents("heldout"),
             target_parameters=round(model.spec.num_parameters * keep) if keep is not None else None,

@@ -17,10 +17,10 @@ from flabc.compress.stage import Context
 from flabc.compress.walk import Walk, dense_variant
 
 
-def context_for(dense: CausalLM) -> Context:
+def context_for(dense: CausalLM, first_tokens: float = 0.0) -> Context:
     return Context(
         dense=dense,
-        calibration=Calibration(corpus="python-stdlib", sequences=8, sequence_length=64),
+        calibration=Calibration(sequences=8, sequence_length=64, first_tokens=first_tokens),
         documents=corpus.load("python-stdlib", "calibration")[:60],
         heldout=corpus.load("python-stdlib", "heldout")[:20],
         target_parameters=None,
@@ -97,10 +97,37 @@ def test_targets_are_the_dense_states_where_each_kept_sub_block_ends(tiny: Calla
     keep_rows = list(range(0, dense.spec.vocab_size - 1))
     cut = cut_layers(cut_vocab(dense, keep_rows), [1])  # the first and the last layer are gone
     tokens = torch.tensor([[5, 9, 30, 31]])
-    (states,) = restore.dense_states(cut, context, tokens)
+    (states,) = restore.dense_states(cut, context, tokens, None)
     two = cut_sub_blocks(cut_layers(dense, [0, 1]), ffn=[1])
     torch.testing.assert_close(states["o"].hidden, last_states(two, tokens))
     torch.testing.assert_close(states["down"].hidden, last_states(dense, tokens))  # makes up for the removed ones too
+
+
+@pytest.mark.parametrize("name", ["qwen2-tied", "gemma2-tied"])
+def test_targets_of_first_tokens_are_the_states_of_texts_of_one_token(tiny: Callable[[str], Path], name: str) -> None:
+    dense = load.load(str(tiny(name)))
+    context, tokens, firsts = context_for(dense), torch.tensor([[5, 9, 30]]), torch.tensor([[31, 7, 7], [8, 5, 2]])
+    for with_firsts, alone in zip(
+        restore.dense_states(dense, context, tokens, firsts),
+        restore.dense_states(dense, context, firsts.view(-1, 1), None),
+        strict=True,
+    ):
+        for role, aim in with_firsts.items():
+            torch.testing.assert_close(aim.hidden[1:].flatten(0, 1), alone[role].hidden.squeeze(1))
+            if aim.output is not None:
+                torch.testing.assert_close(aim.output[3:], alone[role].output)
+
+
+@pytest.mark.parametrize("name", ["qwen2-tied", "gemma2-tied"])
+def test_hearing_first_tokens_brings_texts_of_one_token_nearer(tiny: Callable[[str], Path], name: str) -> None:
+    dense = load.load(str(tiny(name)))
+    cut = cut_channels(dense, {at: range(40) for at in range(len(dense.spec.layers))})
+    alone = context_for(dense).tokens(dense).unique()[:, None]
+    wanted, gaps = last_states(dense, alone), list[float]()
+    for share in (0.0, 0.5):
+        plan = restore.plan(cut, RestoreConfig(), context_for(dense, share))
+        gaps.append(float((last_states(restore.apply(cut, plan), alone) - wanted).square().mean()))
+    assert gaps[1] < 0.9 * gaps[0]
 
 
 @pytest.mark.parametrize("name", ["gemma2-tied", "gemma3_text-tied"])
@@ -130,7 +157,7 @@ def test_behind_a_norm_projections_are_told_by_transformers(tiny: Callable[[str]
     for role, projection in {"o": layer.self_attn.o_proj, "down": layer.mlp.down_proj}.items():
         projection.register_forward_hook(lambda _, __, output, role=role: gave.update({role: output[0]}))
     model(tokens)
-    (states,) = restore.dense_states(cut, context_for(dense), tokens)
+    (states,) = restore.dense_states(cut, context_for(dense), tokens, None)
     assert states.keys() == gave.keys()
     for role, aim in states.items():
         torch.testing.assert_close(aim.output, gave[role], msg=role)

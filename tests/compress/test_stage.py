@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers.processors import TemplateProcessing
 
 from flabc.compress.data.corpus import Document
@@ -42,6 +43,30 @@ def test_text_begins_with_what_its_tokenizer_puts_there(tied: CausalLM) -> None:
     files = replace(tied.tokenizer, tokenizer=json.loads(tokenizer.to_str()), chat_template=None)
     assert openings(replace(tied, tokenizer=files)) == [[index]]
     assert openings(replace(tied, tokenizer=replace(tied.tokenizer, chat_template=None))) == [[]]
+
+
+def test_first_tokens_are_the_most_frequent_of_the_sequences(
+    tied: CausalLM, make_context: Callable[..., Context]
+) -> None:
+    tokens = torch.tensor([[3, 3, 3, 7], [9, 7, 3, 2], [9, 9, 7, 7], [7, 2, 2, 2]])
+    assert make_context(tied).firsts(tied, tokens) is None
+    (found,) = make_context(tied, first_tokens=0.2).firsts(tied, tokens)
+    assert found.tolist() == [7, 2, 3, 9]  # 5, 4, 4 and 3 times
+    twice = make_context(tied, first_tokens=0.5).firsts(tied, tokens)
+    assert twice.tolist() == [[7, 2, 3, 9]] * 2  # there are no more
+
+
+def test_a_text_that_begins_with_its_tokenizers_token_has_no_other_first_one(
+    tied: CausalLM, make_context: Callable[..., Context]
+) -> None:
+    tokenizer = encoder(tied.tokenizer)
+    special = [("<|endoftext|>", tied.config["eos_token_id"])]
+    tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=special)
+    begun = replace(tied, tokenizer=replace(tied.tokenizer, tokenizer=json.loads(tokenizer.to_str())))
+    context = make_context(tied, first_tokens=1.0)
+    tokens = torch.tensor([[1, 2]])
+    assert context.firsts(tied, tokens) is not None
+    assert context.firsts(begun, tokens) is None
 
 
 def test_corpora_and_openings_take_turns_independently(tied: CausalLM) -> None:

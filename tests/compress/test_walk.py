@@ -95,6 +95,19 @@ def test_some_rows_alone_may_be_read_out(pair: tuple[CausalLM, Any]) -> None:
     assert torch.equal(rows[torch.cat([readout.targets for readout in said])], walker.tokens[:, 1:].flatten())
 
 
+def test_first_tokens_are_texts_of_one_token_beside_the_others(pair: tuple[CausalLM, Any]) -> None:
+    ours, theirs = pair
+    firsts = random_tokens(ours, 2) % 50
+    plain, dense = float_walk(ours), dense_variant(ours.spec)
+    walker = replace(plain, firsts=firsts)
+    hidden = walker.run([dense])
+    alone = last_hidden(theirs, firsts.view(-1, 1)).view(2, 60, -1)
+    torch.testing.assert_close(hidden[dense][-2:], alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(hidden[dense][:-2], plain.run([dense])[dense], atol=1e-6, rtol=1e-6)
+    said = torch.cat([group[dense].log_probs for group in walker.readouts(hidden)])
+    torch.testing.assert_close(said, log_probs(theirs, walker.tokens), atol=2e-5, rtol=1e-4)
+
+
 def test_leaving_each_part_out_costs_what_a_model_without_it_costs(pair: tuple[CausalLM, Any]) -> None:
     ours, theirs = pair
     walker = float_walk(ours)

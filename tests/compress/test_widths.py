@@ -106,14 +106,21 @@ def test_every_tensor_of_a_channel_is_cut_biases_too(untied: CausalLM) -> None:
     )
 
 
-def test_what_is_heard_is_what_transformers_hooks_hear(pair: tuple[CausalLM, Any], make_context: MakeContext) -> None:
+@pytest.mark.parametrize("first_tokens", [0.0, 1 / 3])
+def test_what_is_heard_is_what_transformers_hooks_hear(
+    pair: tuple[CausalLM, Any], make_context: MakeContext, first_tokens: float
+) -> None:
     ours, theirs = pair
-    context = make_context(ours)
+    context = make_context(ours, first_tokens=first_tokens)
     heard = heard_by(ours, context, "ffn")
     inputs = projection_inputs(theirs, context.tokens(ours))
+    firsts = context.firsts(ours, context.tokens(ours))
+    if firsts is not None:
+        alone = projection_inputs(theirs, firsts.view(-1, 1))
+        inputs = [torch.cat(both) for both in zip(inputs, alone, strict=True)]
     assert sorted(heard) == list(range(len(inputs)))
     for layer, x in enumerate(inputs):
-        assert heard[layer].tokens == len(x) == 6 * 48
+        assert heard[layer].tokens == len(x) == round(6 * (1 + first_tokens)) * 48
         torch.testing.assert_close(heard[layer].gram, x.T @ x, rtol=1e-3, atol=1e-3 * float(x.square().sum(0).max()))
         torch.testing.assert_close(heard[layer].mean_square, x.square().mean(0), rtol=1e-3, atol=1e-6)
         assert torch.equal(heard[layer].weight, theirs.model.layers[layer].mlp.down_proj.weight)
