@@ -91,7 +91,7 @@ class Calibration(Frozen):
     sequences: int = Field(48, gt=0, description="Token sequences for scores and statistics.")
     sequence_length: int = Field(512, gt=1, description="Tokens per sequence.")
     first_tokens: float = Field(
-        1 / 32,
+        1 / 128,
         ge=0,
         description="As many tokens again, as a share of those of the sequences, that fits hear each as the first of a "
         "text: every text depends on what the model makes of its first. Not where the tokenizer puts one there itself.",
