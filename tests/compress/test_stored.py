@@ -161,7 +161,9 @@ def test_restoring_behind_norms_asks_for_the_room_of_what_it_hears(tiny: Callabl
     for name in ("gemma2-tied", "qwen2-tied"):
         spec = ModelSpec.from_config(load.read_config(locate(str(tiny(name)))))
         less, more = (
-            workspace_bytes(spec, stages, Calibration(sequences=count, sequence_length=512), torch.bfloat16)
+            workspace_bytes(
+                spec, stages, Calibration(sequences=count, sequence_length=512, first_tokens=0.0), torch.bfloat16
+            )
             for count in (128, 256)
         )
         sizes[name] = (more - less) / (128 * 512)  # a token's
