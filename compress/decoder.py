@@ -59,16 +59,11 @@ class Surround:
         """
         backbone: Any = self._backbone(index)
         backbone.layers = nn.ModuleList([layer])
-        texts = len(hidden) - firsts
-        parts = list[Tensor]()
-        for begin in range(0, texts, BATCH):
-            part = hidden[begin : min(begin + BATCH, texts)]
-            parts.append(backbone(inputs_embeds=part, use_cache=False).last_hidden_state)
-        for part in hidden[texts:]:
-            alone = backbone(inputs_embeds=part[:, None], use_cache=False).last_hidden_state
-            parts.append(alone.view_as(part[None]))
+        texts, alone = hidden[: len(hidden) - firsts], hidden[len(hidden) - firsts :]
+        batches = [*texts.split(BATCH), *(each[:, None] for each in alone)]  # type: ignore[no-untyped-call]
+        parts = [backbone(inputs_embeds=batch, use_cache=False).last_hidden_state for batch in batches]
         backbone.layers = nn.ModuleList()
-        return torch.cat(parts)
+        return torch.cat([part.flatten(0, 1) for part in parts]).view_as(hidden)
 
     def head(self, rows: Tensor | None = None) -> Head:
         """What follows the layers; of the vocabulary's rows only some, if they are given, (n,)."""

@@ -68,9 +68,10 @@ def main() -> None:
     file = RESULTS / f"{asked.name}.axes.json"
     result: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"costs": {}}
     said = Answers(asked.work / "answers.json", dense, asked.work, asked.sources)
-    check_same(result, said.about(), file)
-    result |= {"environment": environment(), "sources": [Path(name).name for name in asked.sources], **said.about()}
     calibration = Calibration.model_validate({**CALIBRATION, "sequences": SEQUENCES})
+    about = {**said.about(), "first_tokens": calibration.first_tokens}
+    check_same(result, about, file)
+    result |= {"environment": environment(), "sources": [Path(name).name for name in asked.sources], **about}
     text = pipeline.text_of(dense, calibration, "cpu", 0)
     for key, stages in cuts():
         if key not in result["costs"]:
@@ -85,14 +86,14 @@ def main() -> None:
 
 
 def check_same(result: dict[str, Any], about: dict[str, Any], file: Path) -> None:
-    """Costs are differences to the dense model on the same answers; another processor may write others.
+    """Costs are differences to the dense model on the same answers, which another processor may write otherwise.
 
     Raises:
-        UsageError: if what is in the result was measured on other answers.
+        UsageError: if what is in the result was measured on other answers, or fitted to other first tokens.
     """
     if result["costs"] and {key: result.get(key) for key in about} != about:
         raise UsageError(
-            f"The costs in {file.name} were measured on other answers.",
+            f"The costs in {file.name} were measured on other answers, or fits heard other first tokens.",
             expected=str({key: result.get(key) for key in about}),
             found=str(about),
             fix="Give the work folder that has its answers, or remove the file.",

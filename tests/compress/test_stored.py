@@ -170,6 +170,17 @@ def test_restoring_behind_norms_asks_for_the_room_of_what_it_hears(tiny: Callabl
     assert sizes["gemma2-tied"] - sizes["qwen2-tied"] == 5 * 48 * 2
 
 
+def test_first_tokens_ask_for_the_room_of_as_many_more_tokens(tiny: Callable[[str], Path]) -> None:
+    from flabc.compress.config import Calibration, RestoreConfig
+    from flabc.compress.preflight import workspace_bytes
+    from flabc.spec import ModelSpec
+
+    spec = ModelSpec.from_config(load.read_config(locate(str(tiny("qwen2-tied")))))
+    asked = (Calibration(sequences=128, first_tokens=0.5), Calibration(sequences=192, first_tokens=0.0))
+    with_firsts, more_texts = (workspace_bytes(spec, [RestoreConfig()], each, torch.float32) for each in asked)
+    assert with_firsts == more_texts
+
+
 def test_pickles_are_read_only_if_they_are_allowed(
     tiny: Callable[[str], Path], tiny_recipe: Path, tmp_path: Path
 ) -> None:

@@ -80,6 +80,9 @@ def test_costs_are_nats_of_the_dense_models_answers(
     (tmp_path / "tiny.axes.json").write_text(json.dumps({**result, "dense_nats": result["dense_nats"] + 1}))
     with pytest.raises(UsageError, match="other answers"):
         axes.main()
+    (tmp_path / "tiny.axes.json").write_text(json.dumps({**result, "first_tokens": 0.0}))
+    with pytest.raises(UsageError, match=r"other first tokens.*'first_tokens': 0\.0"):
+        axes.main()
 
 
 @pytest.mark.parametrize(("rows", "channels", "kept"), [(1, 2, axes.ROWS[-1]), (2, 1, axes.ROWS[0])])

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from flabc.compress import pipeline
+from flabc.compress.config import Calibration
 from flabc.errors import UsageError
 from flabc.perf import methods
 from flabc.perf.methods import as_markdown
@@ -72,6 +73,8 @@ def test_cells_are_made_once_and_all_methods_listen_to_one_text(
     assert "blocks-22/ours-rows" not in cells  # not one of its sizes
     made = {name: cells[f"blocks-22/{name}"] for name in ("wanda-sp", "ours", "ours-generated")}
     assert made["wanda-sp"]["calibration"] == made["ours"]["calibration"] != made["ours-generated"]["calibration"]
+    heard = {name: cell["recipe"]["calibration"]["first_tokens"] for name, cell in made.items()}
+    assert heard == {"wanda-sp": 0, "ours": Calibration().first_tokens, "ours-generated": 0}
     dense = cells["dense"]["parameters"]
     assert all(cell["parameters"] < dense for cell in made.values())
     methods.main()
