@@ -62,7 +62,9 @@ def plan(model: CausalLM, config: WidthsConfig, context: Context) -> WidthsPlan:
 
     cuts |= {place: Cut((), {}, None) for place, units in left.items() if not units}
     narrowed = {place: units for place, units in left.items() if units}
-    listen(model, config.of, context.tokens(model), context, choose, narrowed, gram=score.gram or config.restore)
+    # What each unit is worth is known already where units were ranked across places.
+    gram = config.restore or (score.gram and not worth)
+    listen(model, config.of, context.tokens(model), context, choose, narrowed, gram=gram)
     errors = {place: cut.error for place, cut in cuts.items() if cut.error is not None}
     return WidthsPlan(
         _summary(model, config, left, errors),

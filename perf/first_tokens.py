@@ -2,10 +2,10 @@
 
     python perf/first_tokens.py qwen2.5-coder-0.5b.gguf --tie
 
-A quarter of every FFN goes, ranked by ``obs`` and refitted as it is cut, or by ``wanda`` and not; then the whole is
-restored. Each model is compared with the dense one on windows of the calibration corpora that it did not hear: as they
-are, behind a line break, and behind the opening of a chat. And on tokens that stand alone: whether the state that the
-dense model makes of a first token is still there. What is in the result already is not measured again.
+A quarter of every FFN goes; then the whole is restored. Each model is compared with the dense one on windows of the
+calibration corpora that it did not hear: as they are, behind a line break, and behind the opening of a chat. And on
+tokens that stand alone: whether the state that the dense model makes of a first token is still there. What is in the
+result already is not measured again.
 """
 
 from __future__ import annotations
@@ -31,14 +31,11 @@ from flabc.perf.methods import CALIBRATION, FIRST_TOKENS, RESULTS
 from flabc.recipe import parse
 from flabc.runtime.measure.environment import environment
 
-#: How channels are ranked; ``obs`` refits what stays as it goes.
-SCORES = ("obs", "wanda")
-
-#: The share of every FFN that goes.
-SHARE = 0.25
+#: How channels are cut.
+CUT = {"stage": "widths", "score": "obs", "restore": False, "multiple_of": 1, "rate": 0.25}
 
 #: Windows that are listened to, and those behind them that models are compared on.
-SEQUENCES, COMPARED = 32, 24
+SEQUENCES, COMPARED = 32, 8
 
 #: What is heard, and as many tokens more, as a share, each as the first of a text: none, or what recipes do by default.
 HEARD = {"texts": 0.0, "first-tokens": FIRST_TOKENS}
@@ -58,22 +55,19 @@ def main() -> None:
     file = RESULTS / f"{asked.name}.first-tokens.json"
     cells: dict[str, Any] = json.loads(file.read_text())["cells"] if file.is_file() else {}
     text = pipeline.text_of(dense, Calibration.model_validate(CALIBRATION), "cpu", 0)
-    for score in SCORES:
-        for heard, share in HEARD.items():
-            key = f"{score}/{heard}"
-            if key not in cells:
-                calibration = {**CALIBRATION, "sequences": SEQUENCES, "first_tokens": share}
-                context = pipeline.context_of(dense, None, Calibration.model_validate(calibration), "cpu", 0, text)
-                cells[key] = measured(dense, context, score)
-                content = {"environment": environment(), "cells": cells}
-                artifact.write_whole(file, json.dumps(content, indent=1) + "\n")
-                print(key, cells[key], flush=True)
+    for key, share in HEARD.items():
+        if key not in cells:
+            calibration = {**CALIBRATION, "sequences": SEQUENCES, "first_tokens": share}
+            context = pipeline.context_of(dense, None, Calibration.model_validate(calibration), "cpu", 0, text)
+            cells[key] = measured(dense, context)
+            content = {"environment": environment(), "cells": cells}
+            artifact.write_whole(file, json.dumps(content, indent=1) + "\n")
+            print(key, cells[key], flush=True)
 
 
-def measured(dense: CausalLM, context: Context, score: str) -> dict[str, dict[str, float]]:
-    """How far a model that is cut by a score is from the dense one, before and after it is restored."""
-    narrowed = {"stage": "widths", "score": score, "restore": False, "multiple_of": 1, "rate": SHARE}
-    recipe = parse({"name": score, "stages": [narrowed, {"stage": "restore"}]}, score)
+def measured(dense: CausalLM, context: Context) -> dict[str, dict[str, float]]:
+    """How far a cut model is from the dense one, before and after it is restored."""
+    recipe = parse({"name": "narrowed", "stages": [CUT, {"stage": "restore"}]}, "narrowed")
     model, found = dense, dict[str, dict[str, float]]()
     for name, stage in zip(("cut", "restored"), recipe.stages, strict=True):
         model, _ = pipeline.run_stages(model, [stage], context)
@@ -134,22 +128,15 @@ def _middle(model: CausalLM, context: Context, tokens: Tensor) -> Tensor:
 
 def as_markdown(cells: Mapping[str, Any]) -> str:
     """A row for each model."""
-    heads = (
-        "cut by",
-        "fitted to",
-        "",
-        "as it is",
-        "behind a line break",
-        "behind a chat's opening",
-        "first tokens lost",
-    )
-    lines = [f"| {' | '.join(heads)} |", f"| {' | '.join([':---'] * 3 + ['---:'] * 4)} |"]
+    lines = [
+        "| fitted to | | KL as it is | behind a line break | behind a chat's opening | first tokens lost |",
+        "| :--- | :--- | ---: | ---: | ---: | ---: |",
+    ]
     fitted = {"texts": "texts alone", "first-tokens": "first tokens too"}
     for key, cell in cells.items():
-        score, heard = key.split("/")
         for name, found in cell.items():
-            figures = [f"{found[at]:.3f}" for at in ("nothing", "line_break", "chat")]
-            lines.append(f"| `{score}` | {fitted[heard]} | {name} | {' | '.join(figures)} | {found['lost']:.1%} |")
+            figures = " | ".join(f"{found[behind]:.3f}" for behind in ("nothing", "line_break", "chat"))
+            lines.append(f"| {fitted[key]} | {name} | {figures} | {found['lost']:.1%} |")
     return "\n".join(lines)
 
 

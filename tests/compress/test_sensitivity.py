@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flabc.compress import load, sensitivity, widths
+from flabc.compress import load, sensitivity, units, widths
 from flabc.compress.config import WidthsConfig
 from flabc.compress.model import CausalLM
 from flabc.compress.stage import Context
@@ -65,6 +65,24 @@ def test_layers_that_matter_little_lose_most(tied: CausalLM, make_context: MakeC
     assert left[1].intermediate_size < min(left[0].intermediate_size, left[2].intermediate_size) / 2
     errors = widths.plan(quiet, config_of(allocation="uniform"), context).details["ffn"]["relative_output_error"]
     assert max(errors.values()) < 2 * min(errors.values())  # within its layer nothing tells
+
+
+def test_inputs_are_multiplied_once_unless_a_refit_wants_them_again(
+    tied: CausalLM, make_context: MakeContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, plain = list[int](), units.Gram
+
+    def counted(size: int, device: torch.device) -> units.Gram:
+        made.append(size)
+        return plain(size, device)
+
+    monkeypatch.setattr(units, "Gram", counted)
+    context = make_context(tied, keep=0.88)
+    unrestored = widths.plan(tied, config_of(restore=False), context)
+    assert made == [80] * 3
+    restored = widths.plan(tied, config_of(restore=True), context)
+    assert len(made) == 3 + 3 + len(restored.keep)
+    assert unrestored.keep == restored.keep
 
 
 @settings(max_examples=60, deadline=None)

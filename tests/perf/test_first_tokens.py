@@ -28,16 +28,16 @@ def test_each_model_is_compared_behind_each_beginning(
         "SEQUENCES": 4,
         "COMPARED": 3,
         "ALONE": 50,
-        "SCORES": ("wanda",),
+        "CUT": {**first_tokens.CUT, "score": "wanda"},
     }.items():
         monkeypatch.setattr(first_tokens, name, value)
     model = tiny("qwen2-tied")
     monkeypatch.setattr(sys, "argv", ["first_tokens.py", str(model), "--name", "tiny"])
     first_tokens.main()
     cells = json.loads((tmp_path / "tiny.first-tokens.json").read_text())["cells"]
-    assert set(cells) == {"wanda/texts", "wanda/first-tokens"}
-    assert cells["wanda/texts"]["restored"]["lost"] > cells["wanda/first-tokens"]["restored"]["lost"]
-    assert cells["wanda/texts"]["cut"]["nothing"] != cells["wanda/texts"]["restored"]["nothing"]
+    assert set(cells) == {"texts", "first-tokens"}
+    assert cells["texts"]["restored"]["lost"] > cells["first-tokens"]["restored"]["lost"]
+    assert cells["texts"]["cut"]["nothing"] != cells["texts"]["restored"]["nothing"]
     table = first_tokens.as_markdown(cells).splitlines()
     assert len(table) == 2 + 4
     assert len({line.count("|") for line in table}) == 1
