@@ -15,10 +15,8 @@ from flabc.runtime.backend import Logits
 from flabc.runtime.session import Session
 from flabc.runtime.text import TextCodec
 
+from .logits import log_sum, pieces
 from .perplexity import opening, window_of, windows
-
-#: Positions compared at once: the dense logits of a large vocabulary take 600 KB each.
-_POSITIONS = 128
 
 Index = npt.NDArray[np.int64]
 
@@ -52,17 +50,17 @@ class Divergence:
             part = ids[span][None]  # (1, S)
             found = self._subject.backend.score(part)[0, -new - 1 : -1]
             expected = self._dense.backend.score(self._map[part])[0, -new - 1 : -1]
-            for at in range(0, new, _POSITIONS):
-                piece = slice(at, at + _POSITIONS)
+            for piece in pieces(expected):
                 self._add(sums, expected[piece], found[piece])
         return sums
 
     def _add(self, sums: dict[str, float], expected: Logits, found: Logits) -> None:
         """Add logits (S, all of a side's tokens) of the same positions."""
-        whole = _log_sum(expected)
-        p, q = expected[:, self._theirs], found[:, self._ours]
-        inside = _log_sum(p)
-        p, q = p - inside[:, None], q - _log_sum(q)[:, None]
+        whole = log_sum(expected)
+        # Not expected[:, ids]: that is laid out token by token, and numpy then sums a row number by number in float32.
+        p, q = expected.take(self._theirs, -1), found.take(self._ours, -1)
+        inside = log_sum(p)
+        p, q = p - inside[:, None], q - log_sum(q)[:, None]
         sums["kl_nats"] += float((np.exp(p) * (p - q)).sum(dtype=np.float64))
         sums["outside"] += float((1 - np.exp(inside - whole)).sum(dtype=np.float64))
         sums["agree"] += float((p.argmax(-1) == q.argmax(-1)).sum())
@@ -83,11 +81,6 @@ def shared_ids(subject: TextCodec, dense: TextCodec) -> tuple[Index, Index]:
             expected="a vocabulary that is part of the dense model's",
             found=f"{len(strange)} other tokens, such as {strange[0]!r}",
         )
-    return np.array(list(ours.values()), np.int64), np.array([theirs[token] for token in ours], np.int64)
-
-
-def _log_sum(logits: Logits) -> Logits:
-    """Log sum exp over tokens, (S, V) in, (S,) out."""
-    peak = logits.max(-1)
-    total: Logits = peak + np.log(np.exp(logits - peak[:, None]).sum(-1))
-    return total
+    # In the order of the dense ids, so that a row of logits is read from its beginning to its end.
+    pairs = sorted((theirs[token], index) for token, index in ours.items())
+    return np.array([index for _, index in pairs], np.int64), np.array([index for index, _ in pairs], np.int64)

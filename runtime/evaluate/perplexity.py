@@ -17,6 +17,8 @@ from flabc.frozen import Frozen
 from flabc.runtime.backend import Backend, Ids, Logits
 from flabc.runtime.text import TextCodec
 
+from .logits import log_sum, pieces
+
 #: Tokens that a window holds, and how many of them are new in each window after the first. Where the model's own
 #: limit is shorter, it is the window, and at most half of it is new.
 WINDOW, STRIDE = 1024, 512
@@ -124,7 +126,7 @@ def windows(length: int, window: int, stride: int, *, given: int = 1) -> Iterato
 
 def target_nll(logits: Logits, targets: Ids) -> Logits:
     """Negative log-likelihood in nats of the token that came after each position, (S, V) and (S,) in, (S,) out."""
-    peak = logits.max(-1)
-    total = np.log(np.exp(logits - peak[:, None]).sum(-1)) + peak
-    nll: Logits = total - logits[np.arange(len(logits)), targets]
+    nll: Logits = -logits[np.arange(len(logits)), targets]
+    for piece in pieces(logits):
+        nll[piece] += log_sum(logits[piece])
     return nll

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,6 +51,28 @@ def test_long_texts_are_read_in_windows(tiny_engine: Path, tiny_dense_engine: Pa
     assert len(pruned.codec.encode_plain(long)) > pruned.spec.max_position_embeddings
     found = Divergence(dense, pruned).measure(long)
     assert found["positions"] == len(pruned.codec.encode_plain(long))
+
+
+def test_sums_over_a_large_vocabulary_keep_their_digits() -> None:
+    rng = np.random.default_rng(0)
+    dense, pruned = 40_000, np.sort(rng.choice(40_000, 30_000, replace=False))
+    left = rng.permutation(pruned)
+    expected = rng.normal(0, 4, (1, 12, dense)).astype(np.float32)
+    found = (expected[..., left] + rng.normal(0, 1, (1, 12, len(left)))).astype(np.float32)
+    text = "x" * 11
+    ids = {"dense": int(left[0]), "pruned": 0}
+
+    def session(logits: np.ndarray, tokens: Sequence[int], name: str) -> Any:
+        tokenizer = SimpleNamespace(get_vocab=lambda: {f"t{token}": index for index, token in enumerate(tokens)})
+        codec = SimpleNamespace(tokenizer=tokenizer, before_text=lambda: [ids[name]], encode_plain=lambda _: [0] * 11)
+        spec = SimpleNamespace(max_position_embeddings=64)
+        return SimpleNamespace(codec=codec, backend=SimpleNamespace(spec=spec, score=lambda _: logits))
+
+    measured = Divergence(session(expected, range(dense), "dense"), session(found, left, "pruned")).measure(text)
+    whole, q = torch.tensor(expected[0, :-1]).double(), torch.tensor(found[0, :-1]).double().log_softmax(-1)
+    kl = torch.nn.functional.kl_div(q, whole[:, left].log_softmax(-1), log_target=True, reduction="sum")
+    assert measured["kl_nats"] == pytest.approx(float(kl), rel=1e-6)
+    assert measured["outside"] == pytest.approx(float((1 - whole.softmax(-1)[:, left].sum(-1)).sum()), rel=1e-6)
 
 
 def test_a_vocabulary_that_is_no_part_is_refused(tiny_engine: Path, tiny_dense_engine: Path) -> None:
