@@ -12,7 +12,17 @@ from statistics import median
 import click
 
 from flabc.cli import cli
-from flabc.perf import axes, evaluation, figures, methods, mined_samples, peer_table, population_speed, table
+from flabc.perf import (
+    axes,
+    evaluation,
+    figures,
+    gate_trials,
+    methods,
+    mined_samples,
+    peer_table,
+    population_speed,
+    table,
+)
 from flabc.perf.comparison import EvalRow
 from flabc.perf.evaluation import EvalResult
 from flabc.perf.peer_table import PeersResult
@@ -41,6 +51,7 @@ def generated() -> dict[Path, str]:
         ROOT / "docs" / "cli.md": reference(),
         ROOT / "README.md": readme(),
         ROOT / "docs" / "serving.md": serving(),
+        ROOT / "docs" / "gating.md": gating(),
         ROOT / "docs" / "mined-tasks.md": mined_tasks(),
         ROOT / "recipes" / "recipe.schema.json": json.dumps(Recipe.model_json_schema(), indent=2) + "\n",
         ROOT / "recipes" / "flabc.schema.json": json.dumps(Project.model_json_schema(), indent=2) + "\n",
@@ -79,6 +90,12 @@ def serving() -> str:
     for step, row in found["overhead"]["steps"].items():
         lines.append(f"| {step} | {row['step_ms']:.0f} ms | {row['python_share']:.1%} |")
     return between((ROOT / "docs" / "serving.md").read_text(encoding="utf-8"), "measured", "\n".join(lines))
+
+
+def gating() -> str:
+    """The page about the gate with how often it was wrong."""
+    found = json.loads(gate_trials.RESULTS.read_text(encoding="utf-8"))
+    return between((ROOT / "docs" / "gating.md").read_text(encoding="utf-8"), "trials", gate_trials.as_markdown(found))
 
 
 def readme() -> str:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from statistics import median
+from itertools import chain
+from statistics import fmean, median
 from typing import Any, Literal
 
 from flabc.errors import UsageError
 from flabc.frozen import Frozen
-from flabc.runtime.measure.pairs import Pair
+from flabc.runtime.measure.pairs import Opening, Pair
 
 from .comparison import EvalRow
 from .gates import SPEEDS, Gates, QualityGate
@@ -37,7 +38,7 @@ class Check(Frozen):
         ratio: candidate over baseline.
         interval: of the ratio, or of the value where there is no ratio.
         limit: what ratio or value may not be above, or below where more is better.
-        samples: pairs, documents or problems.
+        samples: openings of both engines, documents or problems.
         detail: in words.
         higher_is_better: which way is up for the value that is judged.
     """
@@ -57,30 +58,36 @@ class Check(Frozen):
 
 
 class Timed(Frozen):
-    """What timing ended with: the checks, the pairs that count, and how many do not as others used the machine."""
+    """What timing ended with: the checks, what counts, and how many pairs do not as others used the machine."""
 
     checks: tuple[Check, ...]
-    pairs: tuple[Pair, ...]
+    openings: tuple[Opening, ...]
     disturbed: int = 0
     seconds: float = 0.0
 
+    @property
+    def pairs(self) -> int:
+        """How many count."""
+        return sum(map(len, self.openings))
 
-def timed(pairs: Iterator[Pair], gates: Gates, clock: Callable[[], float]) -> Timed:
-    """Take pairs until every speed is decided or the time is up.
+
+def timed(openings: Iterator[Opening], gates: Gates, clock: Callable[[], float]) -> Timed:
+    """Open engines again and again until every speed is decided or the time is up.
 
     Args:
-        pairs: measured as they are asked for.
+        openings: measured as they are asked for.
         gates: limits, error and time.
         clock: seconds.
     """
-    began, kept, disturbed = clock(), list[Pair](), 0
+    began, kept, disturbed = clock(), list[Opening](), 0
     checks: dict[str, Check] = {}
     while clock() - began < gates.budget_s and len(kept) < LOOKS[-1]:
-        pair = next(pairs)
-        if pair.foreign_cores > gates.max_foreign_cores:
-            disturbed += 1
+        found = next(openings)
+        quiet = undisturbed(found, gates)
+        disturbed += len(found) - len(quiet)
+        if not quiet:
             continue
-        kept.append(pair)
+        kept.append(quiet)
         if len(kept) in LOOKS:
             checks = judged(kept, gates)
             if all(check.outcome != "undecided" for check in checks.values()):
@@ -88,26 +95,35 @@ def timed(pairs: Iterator[Pair], gates: Gates, clock: Callable[[], float]) -> Ti
     if not checks:
         checks = {name: _too_few(name, len(kept), disturbed) for name in gates.speed}
     return Timed(
-        checks=tuple(checks.values()), pairs=tuple(kept), disturbed=disturbed, seconds=round(clock() - began, 1)
+        checks=tuple(checks.values()), openings=tuple(kept), disturbed=disturbed, seconds=round(clock() - began, 1)
     )
 
 
-def judged(pairs: Sequence[Pair], gates: Gates) -> dict[str, Check]:
-    """What the pairs say of every speed at one look."""
+def undisturbed(opening: Opening, gates: Gates) -> Opening:
+    """The pairs during which others left the machine alone."""
+    return tuple(pair for pair in opening if pair.foreign_cores <= gates.max_foreign_cores)
+
+
+def judged(openings: Sequence[Opening], gates: Gates) -> dict[str, Check]:
+    """What openings say of every speed at one look."""
     alpha = share(gates.alpha)
-    effects = {name: effect(log_ratios(pairs, name), 1 + rise, alpha=alpha) for name, rise in gates.speed.items()}
+    effects = {name: effect(log_ratios(openings, name), 1 + rise, alpha=alpha) for name, rise in gates.speed.items()}
     outcomes = decide(effects, alpha=alpha)
-    return {name: _speed(name, outcomes[name], found, pairs) for name, found in effects.items()}
+    return {name: _speed(name, outcomes[name], found, openings) for name, found in effects.items()}
 
 
-def log_ratios(pairs: Sequence[Pair], metric: str) -> list[float]:
-    """The logarithm of candidate over baseline of a speed, one a pair."""
+def log_ratios(openings: Sequence[Opening], metric: str) -> list[float]:
+    """The logarithm of candidate over baseline of a speed: one an opening, the mean of its pairs."""
     of = SPEEDS[metric]
-    return [math.log(sum(map(of, pair.candidate)) / sum(map(of, pair.baseline))) for pair in pairs]
+    return [
+        fmean(math.log(sum(map(of, pair.candidate)) / sum(map(of, pair.baseline))) for pair in opening)
+        for opening in openings
+    ]
 
 
-def _speed(name: str, outcome: Outcome, found: Effect, pairs: Sequence[Pair]) -> Check:
+def _speed(name: str, outcome: Outcome, found: Effect, openings: Sequence[Opening]) -> Check:
     of = SPEEDS[name]
+    pairs = list(chain.from_iterable(openings))
     sides = [median(of(run) for pair in pairs for run in side(pair)) for side in (_candidate, _baseline)]
     return Check(
         metric=name,
@@ -119,7 +135,7 @@ def _speed(name: str, outcome: Outcome, found: Effect, pairs: Sequence[Pair]) ->
         ratio=found.ratio,
         interval=found.interval,
         limit=found.limit,
-        samples=found.pairs,
+        samples=found.count,
     )
 
 
@@ -132,9 +148,9 @@ def _baseline(pair: Pair) -> tuple[Any, ...]:
 
 
 def _too_few(name: str, kept: int, disturbed: int) -> Check:
-    why = f"{kept} pairs counted, {LOOKS[0]} are needed"
+    why = f"{kept} openings counted, {LOOKS[0]} are needed"
     if disturbed:
-        why += f"; {disturbed} were measured while others used the machine"
+        why += f"; {disturbed} pairs were measured while others used the machine"
     return Check(metric=name, kind="speed", outcome="undecided", samples=kept, detail=why)
 
 
@@ -212,8 +228,9 @@ def verdict(checks: Sequence[Check]) -> Outcome:
     return "fail" if "fail" in outcomes else "undecided" if "undecided" in outcomes else "pass"
 
 
-def noise(pairs: Sequence[Pair], gates: Gates) -> dict[str, float]:
-    """Of an engine against itself: the rise of each speed that these pairs could not tell from none."""
-    intervals = {name: effect(log_ratios(pairs, name), 1.0, alpha=share(gates.alpha)).interval for name in gates.speed}
+def noise(openings: Sequence[Opening], gates: Gates) -> dict[str, float]:
+    """Of an engine against itself: the rise of each speed that these openings could not tell from none."""
+    alpha = share(gates.alpha)
+    intervals = {name: effect(log_ratios(openings, name), 1.0, alpha=alpha).interval for name in gates.speed}
     # Which of the two was slower is chance, so both ends count.
     return {name: max(high, 1 / low) - 1 for name, (low, high) in intervals.items()}

@@ -1,6 +1,6 @@
 """Sequential decisions: measure until it is clear on which side of a limit an effect lies, and cry wolf rarely.
 
-Every pair of measurements gives one number, the logarithm of candidate over baseline. They are looked at a few times
+Every opening of two engines gives one number, the logarithm of candidate over baseline. They are looked at a few times
 while they grow in number; each look spends a share of the error that is allowed. Signed-rank tests assume no more than
 that the numbers scatter evenly about their middle, and outliers cannot drag them. F. Wilcoxon (1945); S. Holm (1979)
 for several metrics; the share of each look by C. Bonferroni's inequality.
@@ -15,10 +15,10 @@ from typing import Literal
 
 import numpy as np
 
-#: Pairs at which the numbers are looked at. At fewer than eight no signed-rank test can be sure.
+#: How many numbers there are when they are looked at. Of fewer than eight no signed-rank test can be sure.
 LOOKS = (8, 12, 18, 27, 40, 60, 90)
 
-#: Up to how many pairs the distribution of ranks is counted out.
+#: Up to how many numbers the distribution of ranks is counted out.
 EXACT = 50
 
 Outcome = Literal["pass", "fail", "undecided"]
@@ -29,12 +29,12 @@ class Effect:
     """A metric's change.
 
     Args:
-        ratio: candidate over baseline, the middle of all pairs (Hodges-Lehmann).
+        ratio: candidate over baseline, the middle of all (Hodges-Lehmann).
         interval: of the ratio; each end may be passed with the error of one look.
         limit: what the ratio may not be above.
         above: p-value that the ratio is not above the limit.
         below: p-value that it is not below.
-        pairs: how many there are.
+        count: how many numbers there are.
     """
 
     ratio: float
@@ -42,24 +42,24 @@ class Effect:
     limit: float
     above: float
     below: float
-    pairs: int
+    count: int
 
 
 def effect(log_ratios: Sequence[float], limit: float, *, alpha: float) -> Effect:
-    """What pairs say of a metric.
+    """What openings say of a metric.
 
     Args:
-        log_ratios: the logarithm of candidate over baseline, one a pair.
+        log_ratios: the logarithm of candidate over baseline, one an opening.
         limit: what the ratio may not be above, such as 1.03.
         alpha: error that may be made at this look.
 
     Raises:
-        ValueError: if there are no pairs.
+        ValueError: if there are none.
     """
     from scipy.stats import wilcoxon
 
     if not log_ratios:
-        raise ValueError("there are no pairs")
+        raise ValueError("there are no numbers")
     numbers = np.asarray(log_ratios, np.float64)
     shifted = numbers - math.log(limit)
     # Where numbers are tied scipy would try all signs, which takes seconds.

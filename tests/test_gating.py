@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from itertools import repeat
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from flabc.cli import cli
 from flabc.errors import ArtifactError, EngineError, FlabcError, UsageError
 from flabc.perf.gates import Gates, QualityGate
 from flabc.runtime.measure.foreign import ForeignLoad
-from flabc.runtime.measure.pairs import Pair
+from flabc.runtime.measure.pairs import Pair, measured_openings
 from flabc.runtime.measure.process import Process
 from flabc.runtime.measure.result import Sample, Workload
 from flabc.runtime.measure.roofline import measure_roofline
@@ -53,6 +52,12 @@ def slow_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "engine"
 
 
+@pytest.fixture
+def few_openings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Baselines for tests are of two processes."""
+    monkeypatch.setattr(gating, "STORED_OPENINGS", 2)
+
+
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(cli, ["gate", *map(str, arguments)])
 
@@ -70,7 +75,7 @@ def test_more_layers_are_caught(slow_engine: Path, tiny_dense_engine: Path, conf
         "total_ms": "fail",
     }
     assert checks["total_ms"]["ratio"] > 1.5
-    assert checks["total_ms"]["samples"] == len(content["timed"]["pairs"]) >= 8
+    assert checks["total_ms"]["samples"] == len(content["timed"]["openings"]) >= 8
     assert (out / "junit.xml").read_text().count("<failure") == 2
     assert "❌ fail" in found.stdout
 
@@ -81,6 +86,7 @@ def test_fewer_layers_pass(slow_engine: Path, tiny_dense_engine: Path, config: P
     assert json.loads(found.stdout)["verdict"] == "pass"
 
 
+@pytest.mark.usefixtures("few_openings")
 def test_a_baseline_of_another_day(tiny_dense_engine: Path, config: Path, tmp_path: Path) -> None:
     file = tmp_path / "baseline.json"
     wide = Gates.model_validate(
@@ -88,13 +94,14 @@ def test_a_baseline_of_another_day(tiny_dense_engine: Path, config: Path, tmp_pa
     )
     made = gating.baseline(tiny_dense_engine, file, config=wide)
     assert Baseline.read(file) == made
-    assert all(sample.ttft_ms > 1 for sample in made.runs)  # nothing is faster than the roofline
+    assert len(made.openings) == 2
+    runs = [run for opening in made.openings for twice in opening for run in twice]
+    assert all(run.ttft_ms > 1 for run in runs)  # nothing is faster than the roofline
     same = gating.run(tiny_dense_engine, file, config=wide)
     assert same.verdict == "pass"
-    faster = tuple(
-        run.model_copy(update={"token_ms": tuple(token / 1000 for token in run.token_ms)}) for run in made.runs
-    )
-    file.write_text(made.model_copy(update={"runs": faster}).model_dump_json())
+    (first, *_), *_ = made.openings
+    faster = tuple(run.model_copy(update={"token_ms": tuple(token / 1000 for token in run.token_ms)}) for run in first)
+    file.write_text(made.model_copy(update={"openings": ((faster,),)}).model_dump_json())
     outcomes = {check.metric: check.outcome for check in gating.run(tiny_dense_engine, file, config=wide).checks}
     assert outcomes == {"parity": "pass", "bytes_on_disk": "pass", "tpot_ms": "fail", "ttft_ms": "pass"}
     elsewhere = made.model_copy(update={"environment": {**made.environment, "cpu": "another"}})
@@ -117,6 +124,7 @@ def test_quality_is_compared_with_the_other_engine(tiny_engine: Path, tiny_dense
         gating.run(tiny_engine, tmp_path / "b.json", config=strict)
 
 
+@pytest.mark.usefixtures("few_openings")
 def test_a_baseline_has_no_answers(tiny_dense_engine: Path, tmp_path: Path) -> None:
     few = Gates.model_validate({**CONFIG, "speed": {"tpot_ms": 20.0}})
     gating.baseline(tiny_dense_engine, tmp_path / "b.json", config=few)
@@ -160,13 +168,20 @@ def test_a_failure_to_judge_is_no_regression(tiny_dense_engine: Path, tmp_path: 
         assert found.exception.exit_code == code
 
 
-def test_noise_refuses_limits_below_it(tiny_dense_engine: Path, tmp_path: Path) -> None:
+def test_noise_refuses_limits_below_it(
+    tiny_dense_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = gating.prompts("python-stdlib", Workload.model_validate(CONFIG["workload"]))
+    stream = measured_openings(tiny_dense_engine, tiny_dense_engine, Workload.model_validate(CONFIG["workload"]), texts)
+    measured = [next(stream) for _ in range(8)]
+    monkeypatch.setattr(gating, "measured_openings", lambda *_: iter(measured))
     for limit, code, sign in ((1e-9, 3, "TOO TIGHT"), (50.0, 0, "ok")):
         file = tmp_path / "gates.yaml"
-        file.write_text(yaml.safe_dump({**CONFIG, "budget_s": 5, "speed": {"total_ms": limit}}))
+        file.write_text(yaml.safe_dump({**CONFIG, "budget_s": 1e-9, "speed": {"total_ms": limit}}))
         found = run("noise", tiny_dense_engine, "--gates", file)
         assert found.exit_code == code, found.output
         assert sign in found.stdout
+        assert "in 8 openings" in found.stderr
 
 
 def test_noise_is_given_up_where_others_never_rest(
@@ -174,13 +189,14 @@ def test_noise_is_given_up_where_others_never_rest(
 ) -> None:
     run_once = Sample(ttft_ms=1.0, token_ms=(1.0,))
     busy = Pair(baseline=(run_once, run_once), candidate=(run_once, run_once), foreign_cores=99.0)
-    monkeypatch.setattr(gating, "measured_pairs", lambda *_: nullcontext(repeat(busy)))
+    monkeypatch.setattr(gating, "measured_openings", lambda *_: repeat((busy, busy)))
     found = run("noise", tiny_dense_engine, "--gates", config)
     assert isinstance(found.exception, EngineError)
     assert "Others use this machine all the time" in str(found.exception)
     assert found.exception.exit_code == 3
 
 
+@pytest.mark.usefixtures("few_openings")
 def test_what_quality_cannot_be_is_told_before_anything_is_timed(
     tiny_dense_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +215,7 @@ def test_what_quality_cannot_be_is_told_before_anything_is_timed(
         gating.run(tiny_dense_engine, tmp_path / "b.json", config=compared)
 
 
+@pytest.mark.usefixtures("few_openings")
 def test_a_baseline_goes_where_it_is_told_and_replaces_nothing_unasked(
     tiny_dense_engine: Path, config: Path, tmp_path: Path
 ) -> None:

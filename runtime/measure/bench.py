@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from itertools import chain, islice
+from itertools import chain, cycle, islice
 from pathlib import Path
 
 from flabc.artifact import folder_bytes
@@ -82,7 +82,7 @@ def _rounds(a: Process, b: Process, workload: Workload, prompts: Sequence[str], 
     """As many pairs as the workload has rounds."""
     pairs = []
     with progress(what, workload.rounds) as advance:
-        for pair in islice(interleaved(a, b, workload, prompts), workload.rounds):
+        for pair in islice(interleaved(a, b, workload, cycle(prompts)), workload.rounds):
             pairs.append(pair)
             advance(1)
     return pairs

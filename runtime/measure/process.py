@@ -6,7 +6,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -126,3 +127,12 @@ def opened(folder: Path, *workloads: Workload) -> Iterator[Process]:
         yield process
     finally:
         process.close()
+
+
+@contextmanager
+def both_opened(first: Path, second: Path, *workloads: Workload) -> Iterator[tuple[Process, Process]]:
+    """Two worker processes for as long as they are needed, opened at the same time."""
+    with ExitStack() as stack:
+        with ThreadPoolExecutor(2) as pool:
+            a, b = pool.map(lambda folder: stack.enter_context(opened(folder, *workloads)), (first, second))
+        yield a, b

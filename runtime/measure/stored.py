@@ -6,10 +6,10 @@ bandwidth or arithmetic allows, both measured in the same minutes, what is left 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
-from itertools import count
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,18 @@ from flabc.spec import ModelSpec
 
 from .environment import environment
 from .foreign import ForeignLoad
-from .pairs import Pair
+from .pairs import Opening, Pair, for_as_long
 from .process import Process, opened, warm_up
 from .result import Roofline, Sample, Workload
 from .roofline import bytes_per_token, measure_roofline
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
-#: Pairs of runs between two measurements of the roofline: machines change their pace.
-RENEWED = 4
-
-#: So many pairs are tried for each that is wanted, since those measured beside others' work do not count.
+#: So many openings are tried for each that is wanted, since what is measured beside others' work does not count.
 PATIENCE = 4
+
+#: Two runs on one prompt, one after the other.
+Twice = tuple[Sample, Sample]
 
 
 class Baseline(Frozen):
@@ -42,7 +42,8 @@ class Baseline(Frozen):
     Args:
         engine: the folder's name.
         workload: what each run did.
-        runs: times in multiples of the least that the roofline allows; the fields' ``ms`` are such multiples here.
+        openings: the runs of each process that was opened, two on each prompt. Times are in multiples of the least that
+            the roofline allows; the fields' ``ms`` are such multiples here.
         sizes: of the engine, by metric.
     """
 
@@ -51,7 +52,7 @@ class Baseline(Frozen):
     engine: str
     environment: dict[str, Any]
     workload: Workload
-    runs: tuple[Sample, ...]
+    openings: tuple[tuple[Twice, ...], ...]
     sizes: dict[str, float]
 
     @classmethod
@@ -84,9 +85,8 @@ def multiples(sample: Sample, roofline: Roofline, spec: ModelSpec, prompt_tokens
     return Sample(ttft_ms=sample.ttft_ms / least_ttft, token_ms=tuple(token / least_tpot for token in sample.token_ms))
 
 
-@contextmanager
-def stored_pairs(candidate: Path, baseline: Baseline, prompts: Sequence[str]) -> Iterator[Iterator[Pair]]:
-    """Open an engine and yield pairs of its runs and the baseline's, both as multiples of their rooflines.
+def stored_openings(candidate: Path, baseline: Baseline, prompts: Sequence[str]) -> Iterator[Opening]:
+    """Open an engine again and again, and pair its runs with the baseline's, both as multiples of their rooflines.
 
     Raises:
         EngineError: if the engine cannot be opened or run or runs on a GPU, or the baseline comes from another
@@ -100,49 +100,44 @@ def stored_pairs(candidate: Path, baseline: Baseline, prompts: Sequence[str]) ->
             found=here,
             fix="Make one for this class of machine, or compare two engines.",
         )
-    with opened(candidate, baseline.workload) as process:
-        warm_up(process, prompts[0], baseline.workload)
-        yield _against(process, baseline, prompts)
+    # The one has no end, and so has the other.
+    for runs, before in zip(_openings(candidate, baseline.workload, prompts), cycle(baseline.openings), strict=False):
+        yield tuple(
+            Pair(baseline=stored, candidate=twice, foreign_cores=foreign)
+            for (twice, foreign), stored in zip(runs, cycle(before), strict=False)
+        )
 
 
-def _against(process: Process, baseline: Baseline, prompts: Sequence[str]) -> Iterator[Pair]:
-    for turn, (runs, foreign) in enumerate(_runs(process, baseline.workload, prompts)):
-        at = 2 * turn % (len(baseline.runs) - 1)
-        before = baseline.runs[at], baseline.runs[at + 1]
-        yield Pair(baseline=before, candidate=runs, foreign_cores=foreign)
-
-
-def measure_baseline(engine: Path, workload: Workload, prompts: Sequence[str], *, pairs: int, most: float) -> Baseline:
+def measure_baseline(
+    engine: Path, workload: Workload, prompts: Sequence[str], *, openings: int, most: float
+) -> Baseline:
     """Measure what is to be committed.
 
     Args:
         engine: the folder.
         workload: what each run does.
         prompts: texts long enough for a prompt each.
-        pairs: pairs of runs to keep.
-        most: cores that others may keep busy; pairs beside more are measured again.
+        openings: how many to keep.
+        most: cores that others may keep busy; what is measured beside more is measured again.
 
     Raises:
         EngineError: if the engine cannot be run or runs on a GPU, or the machine is not left alone for long enough.
     """
-    kept: list[Sample] = []
-    with opened(engine, workload) as process:
-        warm_up(process, prompts[0], workload)
-        for tried, (runs, foreign) in enumerate(_runs(process, workload, prompts)):
-            if foreign <= most:
-                kept += runs
-            if len(kept) == 2 * pairs:
-                break
-            if tried > PATIENCE * pairs:
-                raise never_alone(foreign, most)
-        sizes = sizes_of(process)
+    kept: list[tuple[Twice, ...]] = []
+    for tried, runs in enumerate(_openings(engine, workload, prompts), 1):
+        if quiet := tuple(twice for twice, foreign in runs if foreign <= most):
+            kept.append(quiet)
+        if len(kept) == openings:
+            break
+        if tried == PATIENCE * openings:
+            raise never_alone(min(foreign for _, foreign in runs), most)
     return Baseline(
         created=datetime.now(UTC).replace(microsecond=0),
         engine=engine.name,
         environment=environment(),
         workload=workload,
-        runs=tuple(kept),
-        sizes=sizes,
+        openings=tuple(kept),
+        sizes=sizes(engine, workload, prompts[0]),
     )
 
 
@@ -156,31 +151,41 @@ def never_alone(found: float, most: float) -> EngineError:
     )
 
 
-def _runs(
-    process: Process, workload: Workload, prompts: Sequence[str]
-) -> Iterator[tuple[tuple[Sample, Sample], float]]:
-    """Two runs at a time, as multiples of the roofline, and the cores that others used meanwhile."""
-    if process.on_gpu:
-        raise EngineError(
-            "A baseline holds times in multiples of what the processor can do; this engine runs on a GPU.",
-            fix="Compare two engines, measured in turns: --against ENGINE.",
-        )
+def _openings(engine: Path, workload: Workload, prompts: Sequence[str]) -> Iterator[list[tuple[Twice, float]]]:
+    """Runs of one process after another, each for as long as opening it took, and the cores others used meanwhile."""
+    texts = cycle(prompts)
+    while True:
+        began = time.monotonic()
+        with opened(engine, workload) as process:
+            if process.on_gpu:
+                raise EngineError(
+                    "A baseline holds times in multiples of what the processor can do; this engine runs on a GPU.",
+                    fix="Compare two engines, measured in turns: --against ENGINE.",
+                )
+            warm_up(process, prompts[0], workload)
+            took = time.monotonic() - began
+            runs = for_as_long(took, _runs(process, workload, texts))
+        yield runs
+
+
+def _runs(process: Process, workload: Workload, texts: Iterable[str]) -> Iterator[tuple[Twice, float]]:
+    """Two runs for each text, as multiples of the roofline of this moment, and the cores that others used meanwhile."""
     spec = ModelSpec.model_validate(process.description["spec"])
     weights = bytes_per_token(process.folder, spec)
-    for turn in count():
-        if turn % RENEWED == 0:
-            roofline = measure_roofline()
-        text = prompts[turn % len(prompts)]
+    roofline = measure_roofline()
+    for text in texts:
         with ForeignLoad([process.pid]) as foreign:
             runs = process.run(text, workload), process.run(text, workload)
         first, second = (multiples(run, roofline, spec, workload.prompt_tokens, weights) for run in runs)
         yield (first, second), foreign.cores
 
 
-def sizes_of(process: Process) -> dict[str, float]:
-    """All that is counted of an engine: also the most memory its process has held, MiB."""
-    spec = ModelSpec.model_validate(process.description["spec"])
-    return {**counted(process.folder, spec), "peak_memory_mib": process.call("memory")["peak_rss_mib"]}
+def sizes(engine: Path, workload: Workload, prompt: str) -> dict[str, float]:
+    """All that is counted of an engine: also the most memory that a run takes, MiB."""
+    with opened(engine, workload) as process:
+        process.run(prompt, workload)  # memory is what serving needs
+        spec = ModelSpec.model_validate(process.description["spec"])
+        return {**counted(engine, spec), "peak_memory_mib": process.call("memory")["peak_rss_mib"]}
 
 
 def counted(folder: Path, spec: ModelSpec) -> dict[str, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from flabc import api, artifact
@@ -18,8 +17,7 @@ from flabc.perf.sequential import LOOKS, Outcome
 from flabc.runtime.evaluate.task import KL, EvalOptions
 from flabc.runtime.evaluate.task import check as check_task
 from flabc.runtime.measure.environment import environment
-from flabc.runtime.measure.pairs import Pair, measured_pairs
-from flabc.runtime.measure.process import opened
+from flabc.runtime.measure.pairs import Opening, measured_openings
 from flabc.runtime.measure.result import Workload
 from flabc.runtime.measure.stored import (
     PATIENCE,
@@ -27,12 +25,12 @@ from flabc.runtime.measure.stored import (
     counted,
     measure_baseline,
     never_alone,
-    sizes_of,
-    stored_pairs,
+    sizes,
+    stored_openings,
 )
 
-#: Pairs of runs in a baseline, and of an engine against itself.
-STORED_PAIRS = 40
+#: How often an engine is opened for a baseline, and at most against itself.
+STORED_OPENINGS = 12
 
 #: Units of what is counted.
 UNITS = {"parameters": "", "bytes_on_disk": "B", "peak_memory_mib": "MiB"}
@@ -43,6 +41,7 @@ class Gated(Frozen):
 
     verdict: Outcome
     checks: tuple[Check, ...]
+    openings: int
     pairs: int
     disturbed: int
     seconds: float
@@ -54,6 +53,7 @@ class Noise(Frozen):
 
     rises: dict[str, float]
     limits: dict[str, float]
+    openings: int
     pairs: int
     disturbed: int
 
@@ -108,7 +108,8 @@ def run(
     return Gated(
         verdict=gate.verdict(checks),
         checks=tuple(checks),
-        pairs=len(speeds.pairs),
+        openings=len(speeds.openings),
+        pairs=speeds.pairs,
         disturbed=speeds.disturbed,
         seconds=speeds.seconds,
         path=None if output is None else Path(output),
@@ -126,7 +127,7 @@ def _write(out: Path, checks: list[Check], asked: Gates, speeds: Timed, *, force
 
 
 def noise(engine: str | Path, *, config: str | Path | Gates, corpus: str = "python-stdlib") -> Noise:
-    """Measure an engine against itself, until the gates' budget is spent or there are enough pairs.
+    """Measure an engine against itself, until the gates' budget is spent or it was opened often enough.
 
     Raises:
         EngineError: if the machine is not left alone for long enough.
@@ -134,17 +135,24 @@ def noise(engine: str | Path, *, config: str | Path | Gates, corpus: str = "pyth
     """
     require("scipy", "eval")
     asked = config if isinstance(config, Gates) else gates.load(Path(config))
-    kept: list[Pair] = []
-    disturbed, began = 0, time.monotonic()
-    with measured_pairs(Path(engine), Path(engine), asked.workload, prompts(corpus, asked.workload)) as pairs:
-        while len(kept) < STORED_PAIRS and (time.monotonic() - began < asked.budget_s or len(kept) < LOOKS[0]):
-            pair = next(pairs)
-            quiet = pair.foreign_cores <= asked.max_foreign_cores
-            kept += [pair] if quiet else []
-            disturbed += not quiet
-            if disturbed > PATIENCE * STORED_PAIRS:
-                raise never_alone(pair.foreign_cores, asked.max_foreign_cores)
-    return Noise(rises=gate.noise(kept, asked), limits=dict(asked.speed), pairs=len(kept), disturbed=disturbed)
+    kept: list[Opening] = []
+    disturbed, began, texts = 0, time.monotonic(), prompts(corpus, asked.workload)
+    for tried, opening in enumerate(measured_openings(Path(engine), Path(engine), asked.workload, texts), 1):
+        quiet = gate.undisturbed(opening, asked)
+        kept += [quiet] if quiet else []
+        disturbed += len(opening) - len(quiet)
+        spent = time.monotonic() - began >= asked.budget_s and len(kept) >= LOOKS[0]
+        if spent or len(kept) == STORED_OPENINGS:
+            break
+        if tried == PATIENCE * STORED_OPENINGS:
+            raise never_alone(min(pair.foreign_cores for pair in opening), asked.max_foreign_cores)
+    return Noise(
+        rises=gate.noise(kept, asked),
+        limits=dict(asked.speed),
+        openings=len(kept),
+        pairs=sum(map(len, kept)),
+        disturbed=disturbed,
+    )
 
 
 def baseline(
@@ -168,7 +176,8 @@ def baseline(
         raise ArtifactError(f"{out} exists.", fix="Choose another name, or pass --force to replace it.")
     asked = config if isinstance(config, Gates) else gates.load(Path(config))
     texts = prompts(corpus, asked.workload)
-    made = measure_baseline(Path(engine), asked.workload, texts, pairs=STORED_PAIRS, most=asked.max_foreign_cores)
+    most = asked.max_foreign_cores
+    made = measure_baseline(Path(engine), asked.workload, texts, openings=STORED_OPENINGS, most=most)
     artifact.write_whole(out, made.model_dump_json(indent=1) + "\n")
     return made
 
@@ -180,21 +189,16 @@ def prompts(corpus: str, workload: Workload) -> list[str]:
     return held_out.prompts(corpus, workload.prompt_tokens, workload.rounds)
 
 
-@contextmanager
-def _pairs(engine: Path, against: Path | Baseline, asked: Gates, corpus: str) -> Iterator[Iterator[Pair]]:
+def _openings(engine: Path, against: Path | Baseline, asked: Gates, corpus: str) -> Iterator[Opening]:
     if isinstance(against, Baseline):
-        with stored_pairs(engine, against, prompts(corpus, against.workload)) as pairs:
-            yield pairs
-    else:
-        with measured_pairs(engine, against, asked.workload, prompts(corpus, asked.workload)) as pairs:
-            yield pairs
+        return stored_openings(engine, against, prompts(corpus, against.workload))
+    return measured_openings(engine, against, asked.workload, prompts(corpus, asked.workload))
 
 
 def _speeds(engine: Path, against: Path | Baseline, asked: Gates, corpus: str) -> Timed:
     if not asked.speed:
-        return Timed(checks=(), pairs=())
-    with _pairs(engine, against, asked, corpus) as pairs:
-        return gate.timed(pairs, asked, time.monotonic)
+        return Timed(checks=(), openings=())
+    return gate.timed(_openings(engine, against, asked, corpus), asked, time.monotonic)
 
 
 def _sizes(engine: Path, against: Path | Baseline, asked: Gates) -> list[Check]:
@@ -209,9 +213,7 @@ def _sizes_of(engine: Path, asked: Gates) -> dict[str, float]:
     """What is counted of an engine; it is run only if its memory is asked for."""
     if "peak_memory_mib" not in asked.size:
         return counted(engine, Artifact.open(engine, "engine").model)
-    with opened(engine, asked.workload) as process:
-        process.run("x = 1\n" * asked.workload.prompt_tokens, asked.workload)  # memory is what serving needs
-        return sizes_of(process)
+    return sizes(engine, asked.workload, "x = 1\n" * asked.workload.prompt_tokens)
 
 
 def _qualities(engine: Path, against: Path | None, asked: Gates, allowed: bool) -> list[Check]:

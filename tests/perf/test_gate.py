@@ -15,7 +15,7 @@ from flabc.errors import RecipeError, UsageError
 from flabc.perf import gate, gates, verdict_files
 from flabc.perf.comparison import Estimate, EvalRow
 from flabc.perf.gates import Gates, QualityGate
-from flabc.runtime.measure.pairs import Pair
+from flabc.runtime.measure.pairs import Opening, Pair
 from flabc.runtime.measure.result import Sample
 
 SPEED = Gates(speed={"tpot_ms": 0.03, "ttft_ms": 0.05}, budget_s=60)
@@ -31,14 +31,29 @@ class Clock:
         return float(next(self.now))
 
 
-def pairs(slower: float, *, foreign: float = 0.0, seed: int = 0, spread: float = 0.01) -> Iterator[Pair]:
+def openings(
+    slower: float, *, foreign: float = 0.0, seed: int = 0, spread: float = 0.01, lucky: float = 0.0, pairs: int = 3
+) -> Iterator[Opening]:
+    """Openings of an engine and one that takes so many times as long.
+
+    Args:
+        slower: how many times as long.
+        foreign: cores that others use.
+        seed: of what is drawn.
+        spread: how far runs of a process scatter.
+        lucky: how far processes do.
+        pairs: of an opening.
+    """
     rng = np.random.default_rng(seed)
 
     def run(scale: float) -> Sample:
         return Sample(ttft_ms=50 * scale * rng.lognormal(0, spread), token_ms=(20 * scale * rng.lognormal(0, spread),))
 
     while True:
-        yield Pair(baseline=(run(1), run(1)), candidate=(run(slower), run(slower)), foreign_cores=foreign)
+        a, b = rng.lognormal(0, lucky), slower * rng.lognormal(0, lucky)
+        yield tuple(
+            Pair(baseline=(run(a), run(a)), candidate=(run(b), run(b)), foreign_cores=foreign) for _ in range(pairs)
+        )
 
 
 def outcomes(checks: tuple[gate.Check, ...]) -> dict[str, str]:
@@ -46,41 +61,52 @@ def outcomes(checks: tuple[gate.Check, ...]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("slower", "wanted"), [(1.0, "pass"), (0.8, "pass"), (1.1, "fail")])
-def test_pairs_are_taken_until_all_is_decided(slower: float, wanted: str) -> None:
-    found = gate.timed(pairs(slower), SPEED, Clock())
+def test_engines_are_opened_until_all_is_decided(slower: float, wanted: str) -> None:
+    found = gate.timed(openings(slower), SPEED, Clock())
     assert outcomes(found.checks) == {"tpot_ms": wanted, "ttft_ms": wanted}
-    assert len(found.pairs) in (8, 12, 18)
+    assert len(found.openings) in (8, 12, 18)
+    assert found.pairs == 3 * len(found.openings)
     assert gate.verdict(found.checks) == wanted
     speed = found.checks[0]
     assert speed.ratio == pytest.approx(slower, rel=0.02)
     assert speed.value == pytest.approx(20 * slower, rel=0.02)
     assert speed.baseline == pytest.approx(20, rel=0.02)
-    assert (speed.limit, speed.samples) == (1.03, len(found.pairs))
+    assert (speed.limit, speed.samples) == (1.03, len(found.openings))
 
 
 def test_what_is_not_decided_when_the_time_is_up_stays_undecided() -> None:
-    found = gate.timed(pairs(1.03, spread=0.2), SPEED.model_copy(update={"budget_s": 20}), Clock())
+    found = gate.timed(openings(1.03, spread=0.2), SPEED.model_copy(update={"budget_s": 20}), Clock())
     assert "undecided" in outcomes(found.checks).values()
     assert gate.verdict(found.checks) == "undecided"
 
 
 def test_pairs_beside_others_work_do_not_count() -> None:
-    def mixed() -> Iterator[Pair]:
-        quiet, busy = pairs(1.0), pairs(2.0, foreign=1.0)
+    def mixed() -> Iterator[Opening]:
+        quiet, busy = openings(1.0), openings(2.0, foreign=1.0)
         while True:
-            yield next(busy)
-            yield next(quiet)
+            yield next(busy)[:2] + next(quiet)[:2]
 
     found = gate.timed(mixed(), SPEED, Clock())
     assert gate.verdict(found.checks) == "pass"
-    assert abs(found.disturbed - len(found.pairs)) <= 1
-    never = gate.timed(pairs(1.5, foreign=1.0), SPEED, Clock())
+    assert found.disturbed == found.pairs == 2 * len(found.openings)
+    never = gate.timed(openings(1.5, foreign=1.0, pairs=1), SPEED, Clock())
     assert gate.verdict(never.checks) == "undecided"
-    assert "59 were measured while others used the machine" in never.checks[0].detail
+    assert "59 pairs were measured while others used the machine" in never.checks[0].detail
+
+
+def test_a_process_that_is_slow_for_as_long_as_it_lives_is_no_slow_engine() -> None:
+    said = [gate.timed(openings(1.0, lucky=0.05, seed=seed, pairs=6), SPEED, Clock()).checks for seed in range(40)]
+    assert sum(check.outcome == "fail" for checks in said for check in checks) <= 1
+    # As many pairs of two processes alone would tell one from the other.
+    alone = [
+        gate.judged([(pair,) for pair in next(openings(1.0, lucky=0.05, seed=seed, pairs=48))], SPEED)
+        for seed in range(40)
+    ]
+    assert sum(check.outcome == "fail" for checks in alone for check in checks.values()) > 10
 
 
 def test_noise_is_what_could_not_be_told_from_none() -> None:
-    stream = pairs(1.0, spread=0.05)
+    stream = openings(1.0, spread=0.05)
     rises = gate.noise([next(stream) for _ in range(40)], SPEED)
     assert all(0.005 < rise < 0.08 for rise in rises.values())
 
@@ -88,7 +114,7 @@ def test_noise_is_what_could_not_be_told_from_none() -> None:
 @pytest.mark.parametrize(("slower", "wanted"), [(0.8, "pass"), (0.95, "fail"), (1.0, "fail")])
 def test_a_fall_can_be_asked_for(slower: float, wanted: str) -> None:
     asked = Gates(speed={"tpot_ms": -0.1}, size={"parameters": -0.2})
-    assert outcomes(gate.timed(pairs(slower), asked, Clock()).checks) == {"tpot_ms": wanted}
+    assert outcomes(gate.timed(openings(slower), asked, Clock()).checks) == {"tpot_ms": wanted}
     assert gate.sized("parameters", 100 * slower, 100, "", asked.size["parameters"]).outcome == wanted
 
 

@@ -15,7 +15,7 @@ ALPHA = 0.05
 
 
 def outcome(numbers: np.ndarray[tuple[int], np.dtype[np.float64]], limit: float) -> tuple[str, int]:
-    """What a gate with one speed says, and after how many pairs."""
+    """What a gate with one speed says, and after how many openings."""
     for look in LOOKS:
         found = effect(list(numbers[:look]), limit, alpha=share(ALPHA))
         said = decide({"tpot_ms": found}, alpha=share(ALPHA))["tpot_ms"]
@@ -51,7 +51,7 @@ def test_the_effect_is_the_middle_of_the_pairs_and_outliers_do_not_drag_it() -> 
     found = effect(numbers, 1.03, alpha=ALPHA)
     assert found.ratio == pytest.approx(1.1, abs=0.01)
     assert found.interval[0] < 1.1 < found.interval[1] < 1.12
-    assert found.pairs == 40
+    assert found.count == 40
 
 
 @given(st.lists(st.floats(-1, 1), min_size=8, max_size=30), st.floats(0.9, 1.2))
@@ -63,8 +63,8 @@ def test_the_interval_holds_the_ratio_and_p_values_are_probabilities(numbers: li
     assert max(found.above, found.below) >= 0.5  # not both can be refuted
 
 
-def test_no_pairs_are_an_error() -> None:
-    with pytest.raises(ValueError, match="no pairs"):
+def test_no_numbers_are_an_error() -> None:
+    with pytest.raises(ValueError, match="no numbers"):
         effect([], 1.03, alpha=ALPHA)
 
 

@@ -68,8 +68,8 @@ def run(
     """Judge an engine. Exit code 0: within all limits; 1: over one; 2: the call, the gates file or a folder is wrong;
     3: could not be decided or measured.
 
-    Pairs of runs are added until every speed is surely on one side of its limit, or the gates' budget ends. Pairs
-    during which others use the machine do not count.
+    Both engines are opened and measured again and again until every speed is surely on one side of its limit, or the
+    gates' budget ends. Pairs of runs during which others use the machine do not count.
 
     \b
     flabc gate run --candidate engine --against main-engine --gates gates.yaml -o verdict
@@ -128,7 +128,7 @@ def baseline(engine: Path, config: Path, output: Path, corpus: str, force: bool,
 
     with _no_verdict():
         made = gating.baseline(engine, output, config=config, corpus=corpus, force=force)
-    emit(as_json, made, lambda: click.echo(f"{output}: {len(made.runs)} runs on {made.environment['cpu']}"))
+    emit(as_json, made, lambda: click.echo(f"{output}: {len(made.openings)} openings on {made.environment['cpu']}"))
 
 
 @contextmanager
@@ -149,7 +149,8 @@ def _show(found: Gated) -> None:
 
     click.echo(as_markdown(found.checks), nl=False)
     beside = f", {found.disturbed} more beside others' work did not count" if found.disturbed else ""
-    click.echo(f"{found.pairs} pairs in {found.seconds:.0f} s{beside}", err=True)
+    counted = f"{found.pairs} pairs of runs in {found.openings} openings, {found.seconds:.0f} s"
+    click.echo(f"{counted}{beside}", err=True)
     if found.path is not None:
         click.echo(f"report: {found.path.absolute()}", err=True)
 
@@ -158,4 +159,5 @@ def _show_noise(found: Noise) -> None:
     for name, rise in found.rises.items():
         sign = "TOO TIGHT" if name in found.too_tight else "ok"
         click.echo(f"{name:<10} noise {rise:6.1%}  limit {found.limits[name]:6.1%}  {sign}")
-    click.echo(f"{found.pairs} pairs, {found.disturbed} more beside others' work did not count", err=True)
+    counted = f"{found.pairs} pairs of runs in {found.openings} openings"
+    click.echo(f"{counted}, {found.disturbed} more beside others' work did not count", err=True)
