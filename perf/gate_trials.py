@@ -54,8 +54,8 @@ CASES = {
     "loaded": Case("itself, while another process begins to work", 0, 120, 10, loaded=True),
 }
 
-#: When the other process begins: engines are open by then, and few runs are decided.
-LOAD_AFTER_S = 10
+#: When the other process begins: halfway to the earliest decision.
+LOAD_AFTER_S = 40
 
 #: Keeps one core busy.
 LOAD = "while True: pass"

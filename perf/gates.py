@@ -93,7 +93,7 @@ class Gates(Frozen):
     """
 
     workload: Workload = Workload(prompt_tokens=64, output_tokens=16, rounds=8)
-    budget_s: float = Field(120, gt=0)
+    budget_s: float = Field(300, gt=0)
     alpha: float = Field(0.05, gt=0, lt=0.5)
     max_foreign_cores: float = Field(0.25, gt=0)
     speed: Annotated[dict[str, Rise], _each_known("speed", SPEEDS)] = Field({})
