@@ -83,7 +83,7 @@ class Gates(Frozen):
 
     Args:
         workload: what each timed run does; short runs make many pairs. Its rounds are prompts that take turns.
-        budget_s: seconds after which measuring stops, decided or not.
+        budget_s: seconds after which engines are not opened anew, decided or not.
         alpha: the chance that may be taken of any false alarm among the speeds.
         max_foreign_cores: cores that others may keep busy; pairs measured beside more are not counted.
         speed: by metric, the share by which it may rise, such as 0.03; below nought, by which it must have fallen.

@@ -18,6 +18,7 @@ from flabc import api, gating
 from flabc.cli import cli
 from flabc.errors import ArtifactError, EngineError, FlabcError, UsageError
 from flabc.perf.gates import Gates, QualityGate
+from flabc.runtime.measure import stored
 from flabc.runtime.measure.foreign import ForeignLoad
 from flabc.runtime.measure.pairs import Pair, measured_openings
 from flabc.runtime.measure.process import Process
@@ -194,6 +195,18 @@ def test_noise_is_given_up_where_others_never_rest(
     assert isinstance(found.exception, EngineError)
     assert "Others use this machine all the time" in str(found.exception)
     assert found.exception.exit_code == 3
+
+
+@pytest.mark.usefixtures("few_openings")
+def test_a_baseline_is_given_up_where_others_never_rest(
+    tiny_dense_engine: Path, config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run_once = Sample(ttft_ms=1.0, token_ms=(1.0,))
+    monkeypatch.setattr(stored, "_openings", lambda *_: repeat([((run_once, run_once), 99.0)]))
+    with pytest.raises(EngineError, match="Others use this machine all the time") as told:
+        gating.baseline(tiny_dense_engine, tmp_path / "b.json", config=config)
+    assert "99.0" in str(told.value)
+    assert not (tmp_path / "b.json").exists()
 
 
 @pytest.mark.usefixtures("few_openings")

@@ -12,7 +12,7 @@ import numpy as np
 
 from flabc.runtime.backend import Logits
 
-#: Numbers looked at together: 2 MB of them, and as much again for what is made of them.
+#: Numbers looked at together: 2 MB of them, and a few times as much that is made of them.
 _TOGETHER = 1 << 19
 
 

@@ -38,9 +38,9 @@ Opening = tuple[Pair, ...]
 def measured_openings(candidate: Path, baseline: Path, workload: Workload, prompts: Sequence[str]) -> Iterator[Opening]:
     """Open two engines, measure pairs for as long as that took, and close them; without end, one opening when asked.
 
-    A process can be some percent slower than its twin for as long as it lives. Between two processes that looks like
-    a difference between their engines, however many pairs are measured: so an opening is one observation, and there
-    have to be several (T. Kalibera and R. Jones, Rigorous Benchmarking in Reasonable Time, 2013).
+    Two processes of one engine need not be equally fast for as long as they live. That looks like a difference between
+    engines, however many pairs are measured: so an opening is one observation, and there have to be several (T. Kalibera and R. Jones,
+    Rigorous Benchmarking in Reasonable Time, 2013).
 
     Args:
         candidate: the folder of the engine in question.

@@ -129,7 +129,7 @@ def measure_baseline(
             kept.append(quiet)
         if len(kept) == openings:
             break
-        if tried == PATIENCE * openings:
+        if not quiet and tried >= PATIENCE * openings:
             raise never_alone(min(foreign for _, foreign in runs), most)
     return Baseline(
         created=datetime.now(UTC).replace(microsecond=0),
@@ -164,15 +164,16 @@ def _openings(engine: Path, workload: Workload, prompts: Sequence[str]) -> Itera
                 )
             warm_up(process, prompts[0], workload)
             took = time.monotonic() - began
-            runs = for_as_long(took, _runs(process, workload, texts))
+            runs = for_as_long(took, _runs(process, workload, texts, measure_roofline()))
         yield runs
 
 
-def _runs(process: Process, workload: Workload, texts: Iterable[str]) -> Iterator[tuple[Twice, float]]:
-    """Two runs for each text, as multiples of the roofline of this moment, and the cores that others used meanwhile."""
+def _runs(
+    process: Process, workload: Workload, texts: Iterable[str], roofline: Roofline
+) -> Iterator[tuple[Twice, float]]:
+    """Two runs for each text, as multiples of the roofline, and the cores that others used meanwhile."""
     spec = ModelSpec.model_validate(process.description["spec"])
     weights = bytes_per_token(process.folder, spec)
-    roofline = measure_roofline()
     for text in texts:
         with ForeignLoad([process.pid]) as foreign:
             runs = process.run(text, workload), process.run(text, workload)

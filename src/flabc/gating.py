@@ -144,7 +144,7 @@ def noise(engine: str | Path, *, config: str | Path | Gates, corpus: str = "pyth
         spent = time.monotonic() - began >= asked.budget_s and len(kept) >= LOOKS[0]
         if spent or len(kept) == STORED_OPENINGS:
             break
-        if tried == PATIENCE * STORED_OPENINGS:
+        if not quiet and tried >= PATIENCE * STORED_OPENINGS:
             raise never_alone(min(pair.foreign_cores for pair in opening), asked.max_foreign_cores)
     return Noise(
         rises=gate.noise(kept, asked),
