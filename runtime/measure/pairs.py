@@ -39,8 +39,8 @@ def measured_openings(candidate: Path, baseline: Path, workload: Workload, promp
     """Open two engines, measure pairs for as long as that took, and close them; without end, one opening when asked.
 
     Two processes of one engine need not be equally fast for as long as they live. That looks like a difference between
-    engines, however many pairs are measured: so an opening is one observation, and there have to be several (T. Kalibera and R. Jones,
-    Rigorous Benchmarking in Reasonable Time, 2013).
+    engines, however many pairs are measured: so an opening is one observation, and there have to be several
+    (T. Kalibera and R. Jones, Rigorous Benchmarking in Reasonable Time, 2013).
 
     Args:
         candidate: the folder of the engine in question.
