@@ -22,6 +22,7 @@ from .gguf_file import (
     gguf_weights,
     output_is_more_precise,
     quiet_transformers,
+    read_once,
     restore_tokenizer,
 )
 from .location import Location, locate
@@ -65,8 +66,8 @@ def _read(location: Location, *, stream: bool = False, pickled: bool = False) ->
     config = plain_view(config)
     config = {key: value for key, value in config.items() if key not in ("quantization_config", "_name_or_path")}
     weights: dict[str, Weight] = {}
-    if location.file:
-        weights |= gguf_weights(location, config)
+    if location.gguf:
+        weights |= gguf_weights(location.gguf, config)
     else:
         weights |= folder_weights(location.folder, stream=stream, pickled=pickled)
     if spec.tie_word_embeddings:
@@ -92,9 +93,9 @@ def read_config(location: Location) -> dict[str, Any]:
         ModelError: if ``config.json`` is not JSON.
         UnknownNameError: if the family is not known: before any weight is read.
     """
-    if not location.file:
+    if not location.gguf:
         return _completed(read_json(location.folder / "config.json"))
-    return dict(gguf_config(location))
+    return dict(gguf_config(location.gguf))
 
 
 def _completed(config: dict[str, Any]) -> dict[str, Any]:
@@ -138,7 +139,7 @@ def read_tokenizer(location: Location) -> TokenizerFiles:
     if (location.folder / MODELING).is_file() and not location.file:
         # Transformers would ask whether to run the module, to learn no more than what family the tokenizer serves.
         arguments["config"] = _bare_config(plain_view(read_json(location.folder / "config.json")))
-    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
+    with tempfile.TemporaryDirectory() as folder, quiet_transformers(), read_once():
         try:
             tokenizer = AutoTokenizer.from_pretrained(location.folder, **arguments)
         except (OSError, ValueError) as error:
@@ -151,8 +152,8 @@ def read_tokenizer(location: Location) -> TokenizerFiles:
         config = json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8"))
     config.pop("chat_template", None)
     config = {key: value for key, value in config.items() if key not in ("name_or_path", "is_local", "gguf_file")}
-    if location.file:
-        restore_tokenizer(content, config, location)
+    if location.gguf:
+        restore_tokenizer(content, config, location.gguf)
     return TokenizerFiles(content, config, tokenizer.chat_template)
 
 
@@ -192,7 +193,7 @@ def _generation_config(location: Location, config: Mapping[str, Any]) -> dict[st
 
 def source_hashes(location: Location) -> dict[str, str]:
     """The sha256 of every file that holds weights."""
-    files = [location.folder / location.file] if location.file else shards(location.folder, pickled=True)
+    files = [location.gguf] if location.gguf else shards(location.folder, pickled=True)
     return {file.name: sha256(file) for file in files}
 
 
@@ -204,8 +205,8 @@ def _tied(model: CausalLM, location: Location) -> CausalLM:
     """
     if model.spec.tie_word_embeddings:
         return model
-    cosine = duplicate_output_cosine(location)
-    if cosine is None or cosine < SAME_MATRIX_COSINE:
+    cosine = duplicate_output_cosine(location.gguf) if location.gguf else None
+    if not location.gguf or cosine is None or cosine < SAME_MATRIX_COSINE:
         raise ModelError(
             f"{location.name} cannot be tied: its input and output matrices are not one matrix stored twice.",
             expected=f"a GGUF with both, rows alike to a cosine of {SAME_MATRIX_COSINE}",
@@ -214,7 +215,7 @@ def _tied(model: CausalLM, location: Location) -> CausalLM:
         )
     weights = dict(model.weights)
     head = weights.pop("lm_head.weight")
-    if output_is_more_precise(location):
+    if output_is_more_precise(location.gguf):
         weights["model.embed_tokens.weight"] = head
     return replace(
         model,

@@ -34,6 +34,11 @@ class Location:
     file: str | None = None
 
     @property
+    def gguf(self) -> Path | None:
+        """The GGUF, if the model is one."""
+        return self.folder / self.file if self.file else None
+
+    @property
     def arguments(self) -> dict[str, Any]:
         """What transformers' ``from_pretrained`` wants beside its class."""
         return {"gguf_file": self.file} if self.file else {}

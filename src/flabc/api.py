@@ -110,7 +110,7 @@ def inspect(model: str) -> Inspection:
     with progress(f"reading {model}"):
         location = locate(model, weights=False)
         spec = ModelSpec.from_config(load.read_config(location))
-        cosine = duplicate_output_cosine(location)
+        cosine = duplicate_output_cosine(location.gguf) if location.gguf else None
     return Inspection(
         model=model,
         spec=spec,

@@ -10,14 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from flabc.compress import load
-from flabc.compress.gguf_file import _remembered, duplicate_output_cosine
-from flabc.compress.location import Location, locate
+from flabc.compress.gguf_file import _reader, _remembered, duplicate_output_cosine
+from flabc.compress.location import locate
 from flabc.compress.model import CausalLM
 from flabc.errors import FlabcError, ModelError, UnknownNameError
 
@@ -257,9 +258,7 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
 
 def write_gguf(file: Path, model: CausalLM, embedding: np.ndarray, output: np.ndarray | None) -> Path:
     """A tiny Llama as llama.cpp would write it, unquantised."""
-    from gguf import GGUFWriter
-
-    writer = GGUFWriter(file, "llama")
+    writer = gguf.GGUFWriter(file, "llama")
     layer = model.spec.layers[0]
     writer.add_vocab_size(model.spec.vocab_size)
     writer.add_context_length(model.spec.max_position_embeddings)
@@ -340,10 +339,9 @@ def test_a_gguf_gives_back_the_model_it_was_written_from(
 
 def test_only_a_gguf_with_both_matrices_has_a_cosine(source: CausalLM, embedding: np.ndarray, tmp_path: Path) -> None:
     one = write_gguf(tmp_path / "one.gguf", source, embedding, None)
-    assert duplicate_output_cosine(locate(str(one))) is None
-    assert duplicate_output_cosine(Location("x", tmp_path)) is None
+    assert duplicate_output_cosine(one) is None
     both = write_gguf(tmp_path / "both.gguf", source, embedding, (2 * embedding).astype(np.float16))
-    assert duplicate_output_cosine(locate(str(both))) == pytest.approx(1, abs=0.005)  # a row is zero
+    assert duplicate_output_cosine(both) == pytest.approx(1, abs=0.005)  # a row is zero
 
 
 @pytest.mark.parametrize("precise", ["output", "embedding"])
@@ -365,7 +363,7 @@ def test_one_matrix_stored_twice_is_tied_keeping_the_more_precise(
 
 def test_two_matrices_that_differ_are_not_tied(source: CausalLM, embedding: np.ndarray, tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "two.gguf", source, embedding, embedding[::-1].copy())
-    cosine = duplicate_output_cosine(locate(str(file)))
+    cosine = duplicate_output_cosine(file)
     assert cosine is not None
     assert cosine < 0.5
     with pytest.raises(ModelError, match=rf"cannot be tied.*Found: cosine {cosine:.3f}"):
@@ -385,11 +383,9 @@ DIGITS = ["  1", "x = 12345", "a1b22", "1\n 2\n\t3", "for i in range(100):", "0x
 def test_the_digits_of_smollm_are_split_off_as_its_own_tokenizer_splits_them(
     smollm: CausalLM, texts: tuple[str, ...]
 ) -> None:
-    from gguf import GGUFReader
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    location = locate("smollm2-135m")
-    fields = GGUFReader(location.folder / str(location.file)).fields
+    fields = gguf.GGUFReader(locate("smollm2-135m").gguf).fields
     tokens = fields["tokenizer.ggml.tokens"].contents()
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"].contents()]
     theirs = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
@@ -403,16 +399,41 @@ def test_the_digits_of_smollm_are_split_off_as_its_own_tokenizer_splits_them(
 
 
 def test_what_a_gguf_says_is_remembered_until_it_changes(tmp_path: Path) -> None:
-    read: list[str] = []
+    read: list[Path] = []
 
     @_remembered
-    def content(location: Location) -> str:
-        read.append(location.name)
-        return (location.folder / str(location.file)).read_text()
+    def content(file: Path) -> str:
+        read.append(file)
+        return file.read_text()
 
-    location = Location("m", tmp_path, "m.gguf")
-    (tmp_path / "m.gguf").write_text("one")
-    assert [content(location), content(location)] == ["one", "one"]
-    (tmp_path / "m.gguf").write_text("another")
-    assert content(location) == "another"
-    assert read == ["m", "m"]
+    file = tmp_path / "m.gguf"
+    file.write_text("one")
+    assert [content(file), content(file)] == ["one", "one"]
+    file.write_text("another")
+    assert content(file) == "another"
+    assert read == [file, file]
+
+
+def test_a_gguf_header_is_parsed_once_and_says_what_ggufs_own_reader_says(
+    source: CausalLM, embedding: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_gguf(tmp_path / "once.gguf", source, embedding, None)
+    theirs = gguf.GGUFReader(file)
+    parsed: list[Path] = []
+    opened = gguf.GGUFReader.__init__
+
+    def counted(reader: gguf.GGUFReader, path: Path) -> None:
+        parsed.append(path)
+        opened(reader, path)
+
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", counted)
+    load.load(str(file))
+    assert parsed == [file]
+    ours = _reader(file)
+    assert {name: field.contents() for name, field in ours.fields.items()} == {
+        name: field.contents() for name, field in theirs.fields.items()
+    }
+    for found, wanted in zip(ours.tensors, theirs.tensors, strict=True):
+        assert found.name == wanted.name
+        np.testing.assert_array_equal(found.data, wanted.data)
+    assert gguf.GGUFReader is type(theirs)
