@@ -104,10 +104,11 @@ def readme() -> str:
     file = RESULTS / "smollm2-135m-flab-22.json"
     result = BenchResult.model_validate_json(file.read_text(encoding="utf-8"))
     machine, work = result.environment, result.workload
+    opened = "once" if result.openings == 1 else f"{result.openings} times"
     where = (
         f"Measured on {machine['cpu']}, {machine['logical_cores']} cores: prompt {work.prompt_tokens} tokens, "
-        f"{work.output_tokens} produced, {len(result.baseline.samples)} runs a side; medians, with the 95 % interval "
-        "of the ratio."
+        f"{work.output_tokens} produced, {len(result.baseline.samples)} runs a side, each engine opened {opened}; "
+        "medians, with the 95 % interval of the ratio."
     )
     text = between(text, "results", f"{table.as_markdown(table.rows(result))}\n\n{where}")
     text = between(between(text, "quality", quality()), "parity", parity())

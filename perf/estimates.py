@@ -1,15 +1,18 @@
 """What raw samples say: medians, percentiles, and how sure the ratio of two medians is.
 
-Timings are skewed and have outliers, so the median stands for a side, and the interval comes from resampling
-the samples themselves, which assumes no distribution.
+Timings are skewed and have outliers, so the median stands for a side. Of one process the interval comes from resampling
+the samples themselves, which assumes no distribution; where there were several it is over how these differ.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import exp, log
 
 import numpy as np
 import numpy.typing as npt
+
+from flabc.errors import require
 
 Floats = npt.NDArray[np.float64]
 
@@ -79,6 +82,32 @@ def median_ratio_interval(
     tail = 50 * (1 - confidence)
     low, high = np.percentile(above / below, [tail, 100 - tail])
     return float(low), float(high)
+
+
+def ratio_over_openings(
+    a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]
+) -> tuple[float, tuple[float, float]]:
+    """How many times ``b`` is ``a``, and the 95 % interval, where two processes of one program differ.
+
+    Samples of one process say nothing of the next, however many they are: the ratio of medians of an opening is one
+    observation, and the interval is Student's of their logarithms. T. Kalibera and R. Jones, Rigorous Benchmarking in
+    Reasonable Time (2013). With one opening alone it is :func:`median_ratio_interval`, which knows of no other.
+
+    Args:
+        a: samples of each opening.
+        b: samples of each opening, opened beside those of ``a``.
+
+    Raises:
+        ValueError: if there is no opening, not as many of both, or one without samples.
+    """
+    ratios = [median_ratio(above, below) for above, below in zip(a, b, strict=True)]
+    if len(ratios) == 1:
+        return ratios[0], median_ratio_interval(a[0], b[0])
+    logs = [log(ratio) for ratio in ratios]
+    middle, error = float(np.mean(_filled(logs))), mean_error(logs) or 0.0
+    students = require("scipy.stats", "report").t
+    reach = float(students.ppf((1 + CONFIDENCE) / 2, len(logs) - 1)) * error
+    return exp(middle), (exp(middle - reach), exp(middle + reach))
 
 
 def _resampled_medians(samples: Floats, resamples: int, generator: np.random.Generator) -> Floats:

@@ -53,7 +53,7 @@ def main() -> None:
         make(work, "pruned", ["compress", model, "--recipe", asked.recipe, *tie])
         make(work, "engine", ["export", "pruned"])
     if BENCH in asked.only:
-        make(work, BENCH, ["bench", "engine", "--baseline", "dense-engine", "--rounds", "10"])
+        make(work, BENCH, ["bench", "engine", "--baseline", "dense-engine", "--rounds", "4"])
         measured[f"{name}-{asked.recipe}.json"] = work / BENCH / "bench.json"
     for task, more in TASKS.items():
         if task in asked.only:

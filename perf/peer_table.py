@@ -10,8 +10,8 @@ from pydantic import Field
 from flabc.frozen import Frozen
 from flabc.runtime.measure.result import Roofline, Sample
 
-from .estimates import median, median_ratio, median_ratio_interval
-from .table import interval_text, significant, times
+from .estimates import median
+from .table import interval_text, ratio_of, significant, times
 
 HEAD = (
     "| precision | batch | engine | prefill tok/s | decode tok/s | prefill, of dense | decode, of dense "
@@ -80,10 +80,15 @@ def as_markdown(result: PeersResult) -> str:
     most = max((cores for each in result.cells for cores in each.foreign_cores), default=0.0)
     where = (
         f"{result.model} on {machine['cpu']}, {cell.threads} threads: prompt {cell.prompt_tokens} tokens, "
-        f"{cell.output_tokens} produced; medians of {max(len(side.samples) for side in cell.sides)} rounds in turns, "
-        f"ratios with their 95 % interval; others used at most {most:.2f} cores in a round."
+        f"{cell.output_tokens} produced; medians of {max(len(side.samples) for side in cell.sides)} runs in turns, "
+        f"{_openings(cell)}, ratios with their 95 % interval; others used at most {most:.2f} cores in a round."
     )
     return "\n\n".join(part for part in ("\n".join([*HEAD, *rows]), "\n".join(best), "\n".join(errors), where) if part)
+
+
+def _openings(cell: PeerCell) -> str:
+    count = len({sample.opening for side in cell.sides for sample in side.samples})
+    return f"every engine opened {count} times" if count > 1 else "every engine opened once"
 
 
 def against_best(cell: PeerCell) -> Iterator[str]:
@@ -117,8 +122,8 @@ def _times(side: PeerSide, of: Callable[[Sample], float]) -> list[float]:
 
 def _ratio(slow: PeerSide, fast: PeerSide, of: Callable[[Sample], float]) -> str:
     """How many times as fast ``fast`` is, with the interval."""
-    a, b = _times(slow, of), _times(fast, of)
-    return f"{times(median_ratio(a, b))} ({interval_text(median_ratio_interval(a, b))})"
+    ratio, interval = ratio_of(of, slow.samples, fast.samples)
+    return f"{times(ratio)} ({interval_text(interval)})"
 
 
 def _row(result: PeersResult, cell: PeerCell, side: PeerSide) -> str:

@@ -4,9 +4,10 @@
     python perf/peers.py MODEL --dense dense --pruned pruned --work build/peers
 
 Engines are compared within one precision and one batch only: there they take turns, so that drift hits all alike. All
-have the same prompts, threads and count of output tokens, stop tokens ignored. What is in the result already, of the
-same engines and requirements, is not measured again; ``--again`` measures those cells anew where something failed. A
-peer that cannot be installed, prepared or run is in the result with its error.
+have the same prompts, threads and count of output tokens, stop tokens ignored. All are opened several times, since two
+processes of one engine need not be equally fast. What is in the result already, of the same engines and requirements,
+is not measured again; ``--again`` measures those cells anew where something failed. A peer that cannot be installed,
+prepared or run is in the result with its error.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,35 +64,51 @@ class Ours:
 
 
 class Cell:
-    """One precision at one batch: every engine is opened, warmed up and run in turns."""
+    """One precision at one batch: every engine is opened, warmed up and run in turns, so many times."""
 
     def __init__(
-        self, peers: Peers, ours: Sequence[Ours], precision: str, workload: Workload, texts: Sequence[str]
+        self,
+        peers: Peers,
+        ours: Sequence[Ours],
+        precision: str,
+        workload: Workload,
+        texts: Sequence[str],
+        openings: int = 1,
     ) -> None:
         self.peers, self.precision, self.workload, self.texts = peers, precision, workload, texts
+        self.openings = openings
         self.dense = next(each for each in ours if each.role == "dense")
         self.ours = [each for each in ours if each.precision == precision]
         self.sides: dict[str, PeerSide] = {}
+        self.samples: dict[str, list[Sample]] = {}
         self.running: dict[str, Process | PeerProcess] = {}
 
     def asked(self, names: Sequence[str]) -> dict[str, Any]:
         """All that the result depends on."""
         return {
             "workload": self.workload.model_dump(),
+            "openings": self.openings,
             "ours": {each.name: sha256(each.folder / MANIFEST) for each in self.ours},
             "peers": {name: list(ENVIRONMENTS[name].requirements) for name in names},
         }
 
     def measure(self, names: Sequence[str]) -> PeerCell:
-        """Measure our engines and these peers."""
+        """Measure our engines and these peers; who fails once has no figures."""
         prompts, expected = self._greedy()
-        with ExitStack() as stack:
-            for each in self.ours:
-                self._open_ours(each, stack)
-            for name in names:
-                self._open_peer(name, prompts, expected, stack)
-            foreign, samples = self._rounds()
-        done = [side.model_copy(update={"samples": tuple(samples.get(name, ()))}) for name, side in self.sides.items()]
+        foreign: list[float] = []
+        for number in range(self.openings):
+            with ExitStack() as stack:
+                self.running = {}
+                for each in self.ours:
+                    self._open_ours(each, stack)
+                for name in names:
+                    if name not in self.sides or self.sides[name].error is None:
+                        self._open_peer(name, prompts, expected, stack)
+                foreign += self._rounds(number)
+        done = [
+            side if side.error else side.model_copy(update={"samples": tuple(self.samples[name])})
+            for name, side in self.sides.items()
+        ]
         return PeerCell(
             asked=self.asked(names),
             precision=self.precision,
@@ -145,29 +162,25 @@ class Cell:
             name=name, role="peer", same_tokens=same, bytes_per_token=_nominal(spec, self.precision), **said
         )
 
-    def _rounds(self) -> tuple[list[float], dict[str, list[Sample]]]:
-        """Every engine once a round, the order turning round with every round; who fails leaves."""
-        foreign: list[float] = []
-        samples: dict[str, list[Sample]] = {name: [] for name in self.running}
+    def _rounds(self, number: int) -> Iterator[float]:
+        """Every engine once a round, the order turning round with every round; yields what others used in each."""
         for turn in range(self.workload.rounds):
-            order = list(samples) if turn % 2 == 0 else list(reversed(samples))
-            pids = [self.running[name].pid for name in order]
-            text = self.texts[turn % len(self.texts)]
-            with ForeignLoad(pids) as load_meanwhile:
-                failed = [name for name in order if not self._run(name, text, samples[name])]
-            foreign.append(load_meanwhile.cores)
-            for name in failed:
-                del samples[name]
-        return foreign, samples
+            order = list(self.running) if turn % 2 == 0 else list(reversed(self.running))
+            with ForeignLoad([self.running[name].pid for name in order]) as load_meanwhile:
+                for name in order:
+                    self._run(name, self.texts[turn % len(self.texts)], number)
+            yield load_meanwhile.cores
 
-    def _run(self, name: str, text: str, samples: list[Sample]) -> bool:
+    def _run(self, name: str, text: str, number: int) -> None:
+        """One run; who fails leaves."""
         time.sleep(REST_S)
         try:
-            samples.append(self.running[name].run(text, self.workload))
+            sample = self.running[name].run(text, self.workload)
         except EngineError as error:
             self.sides[name] = self.sides[name].model_copy(update={"error": str(error)})
-            return False
-        return True
+            del self.running[name]
+            return
+        self.samples.setdefault(name, []).append(sample.model_copy(update={"opening": number}))
 
 
 def main() -> None:
@@ -184,7 +197,8 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--output-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--openings", type=int, default=4, help="how often every engine is opened")
+    parser.add_argument("--rounds", type=int, default=3, help="in each opening")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--again", action="store_true", help="measure cells with errors anew")
     parser.add_argument("-o", "--output", type=Path, default=RESULT)
@@ -198,7 +212,7 @@ def main() -> None:
         for batch in asked.batch:
             workload = Workload(batch=batch, **{name: getattr(asked, name) for name in _SAME})
             texts = corpus.prompts("python-stdlib", workload.prompt_tokens, workload.rounds)
-            cell = Cell(peers, ours, precision, workload, texts)
+            cell = Cell(peers, ours, precision, workload, texts, asked.openings)
             names = [name for name in asked.peers if precision in peer_worker.PEERS[name].precisions]
             before = next((done for done in result.cells if done.asked == cell.asked(names)), None)
             if before and not (asked.again and any(side.error for side in before.sides)):

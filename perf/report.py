@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from flabc.runtime.measure.result import BenchResult, Cell, Energy, Side
+from flabc.runtime.measure.result import BenchResult, Cell, Energy, Sample, Side
 
 from . import load_table
-from .estimates import median, median_ratio, median_ratio_interval, percentiles
+from .estimates import median, percentiles
 from .plots import plots, svg
-from .table import Row, as_markdown, cells, conversion, interval_text, quantity, rows, significant, times
+from .table import Row, as_markdown, cells, conversion, interval_text, quantity, ratio_of, rows, significant, times
 
 TITLE = "Dense against pruned"
 
@@ -107,7 +107,10 @@ def facts(result: BenchResult) -> dict[str, dict[str, str]]:
         "prompt tokens": str(work.prompt_tokens),
         "batch": f"{work.batch}, times are of all sequences at once" if work.batch > 1 else "1",
         "output tokens": str(work.output_tokens),
-        "rounds": f"{work.rounds}, each dense, pruned, pruned, dense",
+        "openings": f"{result.openings}, both engines anew; intervals are over how these differ"
+        if result.openings > 1
+        else "1; another process of an engine may be faster or slower, which the intervals do not hold",
+        "rounds": f"{work.rounds} in each opening: dense, pruned, pruned, dense",
         "threads": "the runtime's choice" if work.threads is None else str(work.threads),
         "warm-up runs": f"{result.baseline.warmup_runs} dense, {result.candidate.warmup_runs} pruned",
         "held-out text": _heldout(result.baseline),
@@ -150,15 +153,16 @@ def sweep(result: BenchResult) -> list[dict[str, str]]:
 def _cell(cell: Cell, output_tokens: int) -> dict[str, str]:
     sides = cell.baseline, cell.candidate
     row = {"prompt": str(cell.prompt_tokens), "batch": str(cell.batch)}
-    phases = {
-        "prefill": (cell.prompt_tokens, [[sample.ttft_ms for sample in side] for side in sides]),
-        "decode": (1, [[sample.tpot_ms for sample in side] for side in sides]),
+    phases: dict[str, tuple[int, Callable[[Sample], float]]] = {
+        "prefill": (cell.prompt_tokens, lambda sample: sample.ttft_ms),
+        "decode": (1, lambda sample: sample.tpot_ms),
     }
-    for name, (tokens, (dense, pruned)) in phases.items():
-        for side, times_ms in (("dense", dense), ("pruned", pruned)):
-            row[f"{name} tok/s, {side}"] = significant(1000 * cell.batch * tokens / median(times_ms), 3)
-        low, high = median_ratio_interval(dense, pruned)
-        row[f"{name}, times as fast"] = f"{times(median_ratio(dense, pruned))} ({interval_text((low, high))})"
+    for name, (tokens, metric) in phases.items():
+        for side, samples in zip(("dense", "pruned"), sides, strict=True):
+            middle = median([metric(sample) for sample in samples])
+            row[f"{name} tok/s, {side}"] = significant(1000 * cell.batch * tokens / middle, 3)
+        ratio, interval = ratio_of(metric, *sides)
+        row[f"{name}, times as fast"] = f"{times(ratio)} ({interval_text(interval)})"
     return row
 
 

@@ -1,9 +1,10 @@
 """A model larger than the memory it may use: random weights of a 7B Llama's shapes, compressed from disk.
 
     python perf/streaming.py --work build/streaming --memory 6GiB
+    python perf/streaming.py --work build/streaming --device cuda --memory 200GiB
 
 Writes the sharded checkpoint once (about 14 GB), compresses it in a process of its own, and writes that process's
-peak resident memory to ``perf/results/streaming.json``.
+peak memory, resident and on a GPU, to ``perf/results/streaming.json`` or ``streaming-DEVICE.json``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from flabc.compress.location import locate
 from flabc.runtime.measure.environment import environment
 from flabc.spec import ModelSpec
 
-RESULT = Path(__file__).resolve().parent / "results" / "streaming.json"
+RESULTS = Path(__file__).resolve().parent / "results"
 
 #: Llama-2-7B's shapes.
 SHAPES = {
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=SHAPES["num_hidden_layers"], help="fewer for a trial")
     parser.add_argument("--memory", default="6GiB")
     parser.add_argument("--recipe", default="flab-22")
+    parser.add_argument("--device", default="cpu", help="a torch device")
     parser.add_argument("--set", dest="overrides", nargs="*", default=["calibration.sequences=8"])
     asked = parser.parse_args()
     dense = asked.work / f"llama-7b-{asked.layers}"
@@ -61,6 +63,8 @@ def main() -> None:
         asked.recipe,
         "--memory",
         asked.memory,
+        "--device",
+        asked.device,
     ]
     command += [word for each in asked.overrides for word in ("--set", each)]
     started = time.monotonic()
@@ -73,10 +77,12 @@ def main() -> None:
         "command": ["flabc", "compress", dense.name, *command[5:]],
         "stored_gib": round(sum(file.stat().st_size for file in dense.glob("*.safetensors")) / 2**30, 2),
         "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 2),
+        "peak_device_mib": result["peak_device_mib"],
         "seconds": round(time.monotonic() - started, 1),
         "stages": [{key: stage[key] for key in ("stage", "summary", "seconds")} for stage in result["stages"]],
     }
-    RESULT.write_text(json.dumps(found, indent=1) + "\n")
+    name = "streaming.json" if asked.device == "cpu" else f"streaming-{asked.device.replace(':', '-')}.json"
+    (RESULTS / name).write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flabc.runtime.measure.result import BenchResult, Cell, Sample, Side
 
-from .estimates import median, median_ratio, median_ratio_interval
+from .estimates import median, ratio_over_openings
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,7 +36,7 @@ class Row:
         unit: of ``dense`` and ``pruned``; empty for a bare number.
         dense: the baseline's value.
         pruned: the candidate's value.
-        ratio: ``pruned / dense``.
+        ratio: ``pruned / dense``; of what is sampled the middle of the openings' ratios, else of the values.
         interval: 95 % confidence interval of the ratio; None where the metric is not sampled.
         better: which direction is the good one.
     """
@@ -157,6 +157,20 @@ def interval_text(interval: tuple[float, float]) -> str:
     return f"{low:.{decimals}f}{DASH}{high:.{decimals}f}"
 
 
+def ratio_of(
+    metric: Callable[[Sample], float], above: Sequence[Sample], below: Sequence[Sample]
+) -> tuple[float, tuple[float, float]]:
+    """How many times the metric of ``below`` that of ``above`` is, and the interval, over their openings."""
+    return ratio_over_openings(*(_by_opening(metric, samples) for samples in (above, below)))
+
+
+def _by_opening(metric: Callable[[Sample], float], samples: Sequence[Sample]) -> list[list[float]]:
+    openings: dict[int, list[float]] = {}
+    for sample in samples:
+        openings.setdefault(sample.opening, []).append(metric(sample))
+    return list(openings.values())
+
+
 def _cells(row: Row) -> tuple[str, str, str, str]:
     return row.label, quantity(row.dense, row.unit), quantity(row.pruned, row.unit), times_with_interval(row)
 
@@ -210,7 +224,7 @@ def conversion(result: BenchResult) -> float | None:
     dense, pruned = result.baseline, result.candidate
     if not (dense.samples and pruned.samples and dense.bytes_per_token and pruned.bytes_per_token):
         return None
-    speed_up = 1 / median_ratio(*([sample.tpot_ms for sample in side.samples] for side in (pruned, dense)))
+    speed_up, _ = ratio_of(lambda sample: sample.tpot_ms, dense.samples, pruned.samples)
     return speed_up / (dense.bytes_per_token / pruned.bytes_per_token)
 
 
@@ -261,5 +275,5 @@ def _timed(
     pruned: Sequence[Sample],
     better: Better = "lower",
 ) -> Row:
-    a, b = ([metric(sample) for sample in samples] for samples in (pruned, dense))
-    return Row(key, label, unit, median(b), median(a), median_ratio(a, b), median_ratio_interval(a, b), better)
+    values = (median([metric(sample) for sample in side]) for side in (dense, pruned))
+    return Row(key, label, unit, *values, *ratio_of(metric, pruned, dense), better)

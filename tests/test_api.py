@@ -121,10 +121,11 @@ def test_an_unknown_task_is_told(tiny_engine: Path) -> None:
 
 def test_bench_measures_both_sides_alike(tiny_engine: Path, tiny_dense_engine: Path, tmp_path: Path) -> None:
     workload = Workload(prompt_tokens=16, output_tokens=8, rounds=2)
-    done = api.bench(tiny_engine, tiny_dense_engine, tmp_path / "report", workload=workload)
+    done = api.bench(tiny_engine, tiny_dense_engine, tmp_path / "report", workload=workload, openings=2)
     result = api.read_bench(done.path)
+    assert result.openings == 2
     for side in (result.baseline, result.candidate):
-        assert len(side.samples) == 4
+        assert len(side.samples) == 8
         assert all(len(sample.token_ms) == 7 for sample in side.samples)
         assert side.perplexity is not None
     assert result.baseline.perplexity.bytes == result.candidate.perplexity.bytes  # type: ignore[union-attr]

@@ -110,7 +110,7 @@ def test_the_project_file_stands_in_for_every_argument(tiny: object, tiny_recipe
         ["init", "--model", model, "--recipe", tiny_recipe],
         ["compress"],
         ["export"],
-        ["bench", "--prompt-tokens", "8", "--output-tokens", "4", "--rounds", "1"],
+        ["bench", "--prompt-tokens", "8", "--output-tokens", "4", "--openings", "2", "--rounds", "1"],
         ["run", "engine", "def f(x):", "--max-tokens", "5"],
     ):
         done = flabc(*arguments, cwd=tmp_path)
@@ -137,7 +137,8 @@ def test_the_project_file_stands_in_for_every_argument(tiny: object, tiny_recipe
 
 
 def test_bench_measures_loads(tiny_engine: Path, tiny_dense_engine: Path, tmp_path: Path) -> None:
-    small = ["--prompt-tokens", "8", "--output-tokens", "4", "--rounds", "1", "--requests", "6", "--max-batch", "3"]
+    small = ["--prompt-tokens", "8", "--output-tokens", "4", "--openings", "1", "--rounds", "1"]
+    small += ["--requests", "6", "--max-batch", "3"]
     loads = ["--concurrency", "1,4", "--arrival-rate", "50,100.5"]
     command = ["bench", tiny_engine, "--baseline", tiny_dense_engine, *small, *loads, "-o", tmp_path / "report"]
     done = flabc(*command, "--json")

@@ -1,14 +1,20 @@
-"""Two engines side by side: each in its own process, runs interleaved so that the machine's drift cancels."""
+"""Two engines side by side: each in its own process, runs interleaved so that the machine's drift cancels.
+
+Both are opened several times: two processes of one engine need not be equally fast for as long as they live.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import chain, cycle, islice
 from pathlib import Path
+from statistics import median
 
 from flabc.artifact import folder_bytes
-from flabc.console import progress
+from flabc.console import Advance, progress
 from flabc.runtime.evaluate.perplexity import Perplexity
 from flabc.spec import ModelSpec
 
@@ -29,6 +35,8 @@ def bench(
     heldout: Sequence[str],
     sweep: Sequence[Workload] = (),
     load: LoadPlan | None = None,
+    *,
+    openings: int = 1,
 ) -> BenchResult:
     """Measure two engines.
 
@@ -36,60 +44,98 @@ def bench(
         candidate: the engine in question.
         baseline: what it is compared with.
         workload: what each run does.
-        prompts: texts long enough for a prompt each; run i of both sides takes the same one.
+        prompts: texts long enough for a prompt each; run i of both sides takes the same one, in every opening.
         heldout: texts for perplexity; may be empty.
-        sweep: other lengths of prompts and batches, measured after the first in the same way.
+        sweep: other lengths of prompts and batches, measured behind the first in each opening.
         load: requests that come at their own times, measured last.
+        openings: how often both are opened, at least once; the workload's rounds are those of each.
 
     Raises:
         EngineError: if an engine cannot be opened, dies, or does not produce the tokens it should.
     """
-    machine = environment()
-    with opened(baseline, workload, *sweep) as a, opened(candidate, workload, *sweep) as b:
-        roofline = None if a.on_gpu or b.on_gpu else measure_roofline()
-        warmups = {side: warm_up(side, prompts[0], workload) for side in (a, b)}
-        pairs = _rounds(a, b, workload, prompts, "measuring")
-        memory = {side: side.call("memory")["peak_rss_mib"] for side in (a, b)}  # before what needs more than serving
-        cells = [_cell(a, b, each, prompts) for each in sweep]
-        energies = {side: _energy(side, prompts[0], workload) for side in (a, b)}
-        samples = {a: _runs(pair.baseline for pair in pairs), b: _runs(pair.candidate for pair in pairs)}
-        sides = [_side(side, samples[side], warmups[side], memory[side], energies[side], heldout) for side in (a, b)]
+    machine, works = environment(), (workload, *sweep)
+    pairs: list[list[Pair]] = [[] for _ in works]
+    found = _Found(), _Found()
+    with progress("measuring", openings * sum(work.rounds for work in works)) as advance:
+        for number in range(openings):
+            with _both(baseline, candidate, works, number) as sides:
+                for work, measured in zip(works, pairs, strict=True):
+                    warmups = [warm_up(side, prompts[0], work) for side in sides]
+                    measured += _rounds(*sides, work, prompts, number, advance)
+                    if work is workload:  # before what needs more memory than this
+                        for each, side, runs in zip(found, sides, warmups, strict=True):
+                            each.opened(side, runs)
+                if number == openings - 1:
+                    roofline = None if any(side.on_gpu for side in sides) else measure_roofline()
+                    energies = [_energy(side, prompts[0], workload) for side in sides]
+                    scored = [_scored(side, heldout) for side in sides]
+    cells = [_cell(work, measured) for work, measured in zip(works, pairs, strict=True)]
+    runs = cells[0].baseline, cells[0].candidate
+    folders = baseline, candidate
+    a, b = (_side(*each) for each in zip(folders, found, runs, energies, scored, strict=True))
     return BenchResult(
         created=datetime.now(UTC).replace(microsecond=0),
         environment=machine,
         workload=workload,
-        baseline=sides[0],
-        candidate=sides[1],
+        openings=openings,
+        baseline=a,
+        candidate=b,
         roofline=roofline,
-        foreign_cores=tuple(round(pair.foreign_cores, 3) for pair in pairs),
-        sweep=tuple(cells),
+        foreign_cores=tuple(round(pair.foreign_cores, 3) for pair in pairs[0]),
+        sweep=tuple(cells[1:]),
         load=measure_load(candidate, baseline, workload, load, prompts) if load else None,
     )
 
 
-def _cell(a: Process, b: Process, workload: Workload, prompts: Sequence[str]) -> Cell:
-    """Both sides at another length or batch, interleaved as ever."""
-    for side in (a, b):
-        warm_up(side, prompts[0], workload)
-    name = f"measuring prompt {workload.prompt_tokens}, batch {workload.batch}"
-    pairs = _rounds(a, b, workload, prompts, name)
-    shape = workload.model_dump(include={"prompt_tokens", "batch"})
-    baseline, candidate = _runs(pair.baseline for pair in pairs), _runs(pair.candidate for pair in pairs)
-    return Cell(**shape, baseline=baseline, candidate=candidate)
+@dataclass
+class _Found:
+    """What the openings of one engine say of it, beside its runs."""
+
+    load_ms: list[float] = field(default_factory=list)
+    peak_rss_mib: list[float] = field(default_factory=list)
+    warmup_runs: int = 0
+    on_gpu: bool = False
+    spec: ModelSpec | None = None
+
+    def opened(self, process: Process, warmup_runs: int) -> None:
+        """Note one."""
+        self.load_ms.append(process.description["load_ms"])
+        self.peak_rss_mib.append(process.call("memory")["peak_rss_mib"])
+        self.warmup_runs += warmup_runs
+        self.on_gpu, self.spec = process.on_gpu, ModelSpec.model_validate(process.description["spec"])
 
 
-def _rounds(a: Process, b: Process, workload: Workload, prompts: Sequence[str], what: str) -> list[Pair]:
+@contextmanager
+def _both(baseline: Path, candidate: Path, works: Sequence[Workload], number: int) -> Iterator[tuple[Process, Process]]:
+    """Both opened one after the other, so that each has the machine to itself; who is first changes every time."""
+    with ExitStack() as stack:
+        if number % 2:
+            b = stack.enter_context(opened(candidate, *works))
+            yield stack.enter_context(opened(baseline, *works)), b
+        else:
+            a = stack.enter_context(opened(baseline, *works))
+            yield a, stack.enter_context(opened(candidate, *works))
+
+
+def _rounds(
+    a: Process, b: Process, workload: Workload, prompts: Sequence[str], number: int, advance: Advance
+) -> Iterator[Pair]:
     """As many pairs as the workload has rounds."""
-    pairs = []
-    with progress(what, workload.rounds) as advance:
-        for pair in islice(interleaved(a, b, workload, cycle(prompts)), workload.rounds):
-            pairs.append(pair)
-            advance(1)
-    return pairs
+    for pair in islice(interleaved(a, b, workload, cycle(prompts)), workload.rounds):
+        advance(1)
+        yield pair.model_copy(
+            update={side: _of_opening(getattr(pair, side), number) for side in ("baseline", "candidate")}
+        )
 
 
-def _runs(sides: Iterable[tuple[Sample, Sample]]) -> tuple[Sample, ...]:
-    return tuple(chain.from_iterable(sides))
+def _of_opening(runs: Iterable[Sample], number: int) -> tuple[Sample, ...]:
+    return tuple(run.model_copy(update={"opening": number}) for run in runs)
+
+
+def _cell(workload: Workload, pairs: Sequence[Pair]) -> Cell:
+    shape = workload.model_dump(include={"prompt_tokens", "batch"})
+    baseline = tuple(chain.from_iterable(pair.baseline for pair in pairs))
+    return Cell(**shape, baseline=baseline, candidate=tuple(chain.from_iterable(pair.candidate for pair in pairs)))
 
 
 def _energy(process: Process, prompt: str, workload: Workload) -> Energy:
@@ -104,25 +150,24 @@ def _energy(process: Process, prompt: str, workload: Workload) -> Energy:
     return measure_energy(counter, work)
 
 
+def _scored(process: Process, heldout: Sequence[str]) -> Perplexity | None:
+    return Perplexity.model_validate(process.call("score", texts=list(heldout))) if heldout else None
+
+
 def _side(
-    process: Process,
-    samples: tuple[Sample, ...],
-    warmups: int,
-    peak_rss_mib: float,
-    energy: Energy,
-    heldout: Sequence[str],
+    folder: Path, found: _Found, samples: tuple[Sample, ...], energy: Energy, perplexity: Perplexity | None
 ) -> Side:
-    spec = ModelSpec.model_validate(process.description["spec"])
+    assert found.spec is not None
     return Side(
-        engine=str(process.folder),
-        spec=spec,
-        bytes_on_disk=folder_bytes(process.folder),
-        load_ms=process.description["load_ms"],
-        peak_rss_mib=peak_rss_mib,
-        on_gpu=process.on_gpu,
-        warmup_runs=warmups,
+        engine=str(folder),
+        spec=found.spec,
+        bytes_on_disk=folder_bytes(folder),
+        load_ms=median(found.load_ms),
+        peak_rss_mib=max(found.peak_rss_mib),
+        on_gpu=found.on_gpu,
+        warmup_runs=found.warmup_runs,
         samples=samples,
-        perplexity=Perplexity.model_validate(process.call("score", texts=list(heldout))) if heldout else None,
-        bytes_per_token=bytes_per_token(process.folder, spec),
+        perplexity=perplexity,
+        bytes_per_token=bytes_per_token(folder, found.spec),
         energy=energy,
     )

@@ -12,7 +12,7 @@ from flabc.frozen import Frozen
 from flabc.runtime.evaluate.perplexity import Perplexity
 from flabc.spec import ModelSpec
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 class Workload(Frozen):
@@ -24,16 +24,23 @@ class Workload(Frozen):
     prompt_tokens: int = Field(128, ge=1)
     batch: int = Field(1, ge=1)
     output_tokens: int = Field(64, ge=2)  # time per token is measured between tokens
-    rounds: int = Field(5, ge=1)
+    rounds: int = Field(3, ge=1)
     threads: int | None = Field(None, ge=1)
     provider: str = "auto"
 
 
 class Sample(Frozen):
-    """One run. ``token_ms`` has the time of each token after the first, of every sequence of the batch at once."""
+    """One run.
+
+    Args:
+        ttft_ms: until the first token.
+        token_ms: the time of each token after it, of every sequence of the batch at once.
+        opening: which of its engine's processes it is of, counted from 0.
+    """
 
     ttft_ms: float
     token_ms: tuple[float, ...]
+    opening: int = 0
 
     @property
     def total_ms(self) -> float:
@@ -97,7 +104,9 @@ class Side(Frozen):
     """One engine and all that was measured of it.
 
     Args:
-        peak_rss_mib: of its process, in the host's memory.
+        load_ms: until it was open; the median of its openings.
+        peak_rss_mib: of its process, in the host's memory; the largest of its openings.
+        warmup_runs: of all openings.
         bytes_per_token: the weights that an output token reads.
         on_gpu: where it computed.
     """
@@ -214,8 +223,9 @@ class LoadResult(Frozen):
 class BenchResult(Frozen):
     """Two engines measured side by side. ``flabc.json`` beside it says what made them.
 
-    ``foreign_cores`` has the cores that others kept busy, on average, during each round; ``sweep`` what was measured
-    at other lengths and batches, ``load`` what of requests that come at their own times. ``grid_g_per_kwh`` is what
+    Both were opened ``openings`` times, at the same time, and the workload's rounds measured in each. ``foreign_cores``
+    has the cores that others kept busy, on average, during each round; ``sweep`` what was measured at other lengths and
+    batches, ``load`` what of requests that come at their own times. ``grid_g_per_kwh`` is what
     somebody said that the machine's electricity costs in CO2.
     """
 
@@ -223,6 +233,7 @@ class BenchResult(Frozen):
     created: datetime
     environment: dict[str, Any]
     workload: Workload
+    openings: int = 1
     baseline: Side
     candidate: Side
     roofline: Roofline | None = None

@@ -22,6 +22,7 @@ from flabc.runtime.measure.process import Pipe
 from flabc.runtime.measure.result import Roofline, Sample, Workload
 
 WORK = Workload(prompt_tokens=8, output_tokens=4, rounds=2, threads=1)
+OPENINGS = 2
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,8 @@ def measured(
     texts = corpus.prompts("python-stdlib", WORK.prompt_tokens, WORK.rounds)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Peers, "python", _python)
-        return Cell(made, ours, "fp32", WORK.model_copy(update={"batch": 2}), texts).measure(["torch", "llama.cpp"])
+        work = WORK.model_copy(update={"batch": 2})
+        return Cell(made, ours, "fp32", work, texts, OPENINGS).measure(["torch", "llama.cpp"])
 
 
 def _python(_: Peers, name: str) -> Path:
@@ -50,7 +52,7 @@ def test_a_peer_says_token_for_token_what_our_dense_engine_says(measured: PeerCe
     assert torch.same_tokens == WORK.output_tokens
     assert torch.versions["torch"].startswith("2.")
     for side in (dense, pruned, torch):
-        assert len(side.samples) == WORK.rounds
+        assert [sample.opening for sample in side.samples] == [0, 0, 1, 1]
         assert all(len(sample.token_ms) == WORK.output_tokens - 1 for sample in side.samples)
     assert dense.bytes_per_token == pytest.approx(torch.bytes_per_token, rel=0.1)  # and its tables of angles
     assert pruned.bytes_per_token < torch.bytes_per_token  # type: ignore[operator]
@@ -65,6 +67,7 @@ def test_an_error_is_in_the_table(measured: PeerCell) -> None:
     assert "| fp32 | 2 | llama.cpp | failed | - |" in text
     assert "- llama.cpp, fp32: This processor lacks avx512_vnni." in text
     assert "as fast as torch" in text
+    assert "medians of 4 runs in turns, every engine opened 2 times" in text
     assert PeersResult.model_validate_json(result.model_dump_json()) == result
 
 
@@ -102,6 +105,7 @@ def test_nothing_unlike_is_in_one_cell(tiny_dense_engine: Path, tmp_path: Path, 
     asked = Cell(made, both, "int8", WORK, []).asked(["torch"])
     assert asked != Cell(made, both, "int8", WORK.model_copy(update={"rounds": 3}), []).asked(["torch"])
     assert asked != Cell(made, both, "fp32", WORK, []).asked(["torch"])
+    assert asked != Cell(made, both, "int8", WORK, [], OPENINGS).asked(["torch"])
 
 
 class Fake(peer_worker.Peer):

@@ -148,6 +148,12 @@ def test_page_says_the_summary_the_figures_and_the_circumstances(page: Page, res
     assert f"{result.baseline.samples[3].token_ms[7]:.3f}" in text
 
 
+def test_the_page_says_what_the_intervals_hold(result: BenchResult) -> None:
+    assert "which the intervals do not hold" in report.facts(result)["Workload"]["openings"]
+    several = report.facts(result.model_copy(update={"openings": 4}))["Workload"]["openings"]
+    assert several == "4, both engines anew; intervals are over how these differ"
+
+
 def test_page_follows_the_reader(result: BenchResult, tmp_path: Path, page: Page) -> None:
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "prefers-color-scheme: dark" in text

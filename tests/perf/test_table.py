@@ -103,6 +103,22 @@ def test_timed_rows_by_hand(result: BenchResult) -> None:
     assert 1.5 / 4 <= low <= 0.5 <= high <= 1.5 / 2
 
 
+def test_the_interval_is_over_openings_where_there_are_several(result: BenchResult) -> None:
+    # Of the openings one is 2 and one is 3 times as fast; within them nothing differs.
+    dense = tuple(Sample(ttft_ms=12, token_ms=(12,), opening=at) for at in (0, 0, 1, 1))
+    pruned = tuple(Sample(ttft_ms=ms, token_ms=(ms,), opening=at) for ms, at in ((6, 0), (6, 0), (4, 1), (4, 1)))
+    sides = {
+        "baseline": result.baseline.model_copy(update={"samples": dense}),
+        "candidate": result.candidate.model_copy(update={"samples": pruned}),
+    }
+    found = result.model_copy(update=sides | {"openings": 2})
+    (timed,) = (row for row in rows(found) if row.key == "tpot_ms")
+    assert (timed.dense, timed.pruned, timed.ratio) == (12, 5, pytest.approx((1 / 6) ** 0.5))
+    reach = 12.706 * log(1.5) / 2  # Student's t of one degree of freedom, and the standard error
+    assert timed.interval == pytest.approx((timed.ratio / exp(reach), timed.ratio * exp(reach)), rel=1e-4)
+    assert timed.verdict == "even"
+
+
 def test_only_timed_rows_have_an_interval(result: BenchResult) -> None:
     timed = {row.key for row in rows(result) if row.interval is not None}
     assert timed == {"ttft_ms", "tpot_ms", "tokens_per_s"}

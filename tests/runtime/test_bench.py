@@ -43,6 +43,31 @@ def test_runs_are_interleaved_so_that_drift_cancels(
     assert result.baseline.peak_rss_mib > 20
 
 
+def test_both_are_opened_several_times_and_neither_is_always_first(
+    tiny_engine: Path, tiny_dense_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[tuple[str, int]] = []
+    true = process.Process.__init__
+
+    def begin(self: process.Process, folder: Path, *workloads: Workload) -> None:
+        true(self, folder, *workloads)
+        begun.append((folder.name, self.pid))
+
+    monkeypatch.setattr(process.Process, "__init__", begin)
+    wide = SMALL.model_copy(update={"batch": 2})
+    result = bench.bench(tiny_engine, tiny_dense_engine, SMALL, [TEXT], [TEXT], [wide], openings=3)
+    a, b = tiny_dense_engine.name, tiny_engine.name
+    assert [name for name, _ in begun] == [a, b, b, a, a, b]
+    assert len({pid for _, pid in begun}) == 6
+    for samples in (
+        *(side.samples for side in (result.baseline, result.candidate)),
+        *(getattr(cell, side) for cell in result.sweep for side in ("baseline", "candidate")),
+    ):
+        assert [sample.opening for sample in samples] == [0, 0, 1, 1, 2, 2]
+    assert (result.openings, len(result.foreign_cores)) == (3, 3)
+    assert result.baseline.perplexity is not None
+
+
 def test_a_sweep_measures_every_cell_in_turns(
     tiny_engine: Path, tiny_dense_engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,7 +32,18 @@ if TYPE_CHECKING:
     "--output-tokens", type=click.IntRange(2), default=64, show_default=True, help="Tokens that each run produces."
 )
 @click.option(
-    "--rounds", type=AT_LEAST_ONE, default=5, show_default=True, help="Rounds of dense, pruned, pruned, dense."
+    "--openings",
+    type=AT_LEAST_ONE,
+    default=5,
+    show_default=True,
+    help="How often both engines are opened: two processes of one engine need not be equally fast.",
+)
+@click.option(
+    "--rounds",
+    type=AT_LEAST_ONE,
+    default=3,
+    show_default=True,
+    help="Rounds of dense, pruned, pruned, dense in each opening.",
 )
 @click.option("--concurrency", type=Numbers(), help="Also a load of so many clients that never pause; or several, 1,4.")
 @click.option(
@@ -68,6 +79,7 @@ def bench(
     arrival_rate: Sequence[float] | None,
     requests: int,
     max_batch: int,
+    openings: int,
     grid_intensity: float | None,
     shape: str | None,
     cut: str | None,
@@ -106,7 +118,7 @@ def bench(
                 "--shape stands alone: with --cut, one length, one batch, no load, and no ENGINE or --baseline."
             )
         given = click.get_current_context().get_parameter_source
-        for option in ("provider", "corpus", "grid_intensity", "requests", "max_batch"):
+        for option in ("provider", "corpus", "grid_intensity", "requests", "max_batch", "openings"):
             if given(option) is ParameterSource.COMMANDLINE:
                 raise UsageError(f"--{option.replace('_', '-')} says nothing of a shape.", fix="Leave it away.")
         measured = api.bench_shape(shape, cut or "0.22", workload=first, output=output, force=force)
@@ -120,6 +132,7 @@ def bench(
         workload=first,
         sweep=sweep,
         load=LoadPlan(requests=requests, max_batch=max_batch, **loads) if loaded else None,
+        openings=openings,
         corpus=corpus,
         grid_g_per_kwh=grid_intensity,
         force=force,
