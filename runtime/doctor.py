@@ -27,7 +27,7 @@ EXTRAS = {
     "report": ("matplotlib",),
     "serve": ("fastapi", "uvicorn", "prometheus-client"),
     "openvino": ("openvino",),
-    "gpu": ("onnxruntime-gpu", "nvidia-ml-py"),
+    "gpu": ("onnxruntime-gpu", "nvidia-ml-py", "cuda-bindings"),
     "tensorrt": ("tensorrt", "polygraphy", "cuda-bindings"),
 }
 

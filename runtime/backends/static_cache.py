@@ -20,7 +20,8 @@ from flabc.runtime.backend import Ids, Limits, Logits
 from flabc.spec import ModelSpec
 
 from .fixed_cache import FixedCache
-from .ort import Array, cache_dtype, check_dtype, new_cache, open_graph, restore_row, save_row
+from .ort import check_dtype, open_graph
+from .ort_state import Array, cache_dtype, new_cache, restore_row, save_row
 
 
 def open_backend(folder: Path, spec: ModelSpec, limits: Limits) -> StaticCacheBackend:

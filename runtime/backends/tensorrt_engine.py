@@ -23,7 +23,7 @@ from flabc.errors import EngineError, require
 from flabc.runtime.backend import Ids, Limits, Logits
 from flabc.spec import ModelSpec
 
-from .device_memory import Array, CudaMemory, Memory
+from .device_memory import Array, Cache, CudaMemory, Memory, Room
 from .fixed_cache import FixedCache
 from .ort import check_dtype
 
@@ -57,7 +57,7 @@ class Bound:
         self.inputs = [name for name in names if engine.get_tensor_mode(name).name == "INPUT"]
         self._names = frozenset(names)
         self._contexts = [self._context(at) for at in range(engine.num_optimization_profiles)]
-        self._buffers: dict[str, tuple[int, int]] = {}  # address and size
+        self._room = Room(memory)
 
     def _context(self, profile: int) -> Any:
         context = self._engine.create_execution_context()
@@ -90,14 +90,14 @@ class Bound:
         for name, array in arrays.items():
             if name in self._names:
                 given = np.ascontiguousarray(array, self.kind(name))
-                address = self._address(name, given.nbytes)
+                address = self._room.at(name, given.nbytes)
                 self._memory.upload(address, given)
                 self._bind(context, name, address, given.shape)
         for cache, (address, shape) in caches.items():
             self._bind(context, f"past_key_values.{cache}", address, shape)
             self._bind(context, f"present.{cache}", address)  # written in place
         logits = np.empty(tuple(context.get_tensor_shape("logits")), self.kind("logits"))
-        address = self._address("logits", logits.nbytes)
+        address = self._room.at("logits", logits.nbytes)
         self._bind(context, "logits", address)
         if not context.execute_async_v3(self._memory.stream):
             raise EngineError("TensorRT could not run the engine; its own message is above.")
@@ -110,81 +110,12 @@ class Bound:
         if address % ALIGNMENT or not context.set_tensor_address(name, address):
             raise EngineError(f"{name} cannot lie at the address {address:#x}.")
 
-    def _address(self, name: str, size: int) -> int:
-        """Memory for a tensor, kept for the next run if it is large enough."""
-        address, room = self._buffers.get(name, (0, 0))
-        if room < size:
-            if room:
-                self._memory.free(address)
-            address = self._memory.allocate(size)
-            self._buffers[name] = (address, size)
-        return address
-
 
 def _in_float32(logits: Array) -> Logits:
     """Float32 from what an engine gives; bfloat16's bits are the upper half of float32's."""
     if logits.dtype == np.uint16:
         return (logits.astype(np.uint32) << 16).view(np.float32)
     return logits.astype(np.float32, copy=False)
-
-
-class Cache:
-    """Keys and values of every layer that attends, (rows, KV heads, M, H) each, in a GPU's memory.
-
-    Args:
-        spec: the model's shapes.
-        memory: where they lie.
-        rows: of how many sequences.
-        places: M.
-        itemsize: bytes of a number.
-    """
-
-    def __init__(self, spec: ModelSpec, memory: Memory, rows: int, places: int, itemsize: int) -> None:
-        self._memory = memory
-        self._shapes = {
-            f"{index}.{kind}": (layer.num_key_value_heads, places, spec.head_dim)
-            for index, layer in enumerate(spec.layers)
-            if layer.has_attention
-            for kind in ("key", "value")
-        }
-        self._bytes = {name: itemsize * int(np.prod(shape)) for name, shape in self._shapes.items()}  # of a row
-        self._at = {name: memory.allocate(rows * size) for name, size in self._bytes.items()}
-        self._rows = rows
-
-    def rows(self, first: int, count: int) -> dict[str, tuple[int, tuple[int, ...]]]:
-        """Address and shape of some rows of every layer's keys and values."""
-        return {
-            name: (self._at[name] + first * self._bytes[name], (count, *shape)) for name, shape in self._shapes.items()
-        }
-
-    @cached_property
-    def _aside(self) -> int:
-        """Room for all rows of a layer's keys or values."""
-        return self._memory.allocate(self._rows * max(self._bytes.values(), default=0))
-
-    def read(self, row: int, length: int) -> dict[str, Array]:
-        """A copy of a row's first places, (KV heads, length, H) of bytes of numbers each."""
-        copies = {}
-        for name, shape in self._shapes.items():
-            whole = np.empty((*shape[:2], self._bytes[name] // int(np.prod(shape[:2]))), np.uint8)
-            self._memory.download(self._at[name] + row * self._bytes[name], whole)
-            copies[name] = whole[:, :length].copy()
-        return copies
-
-    def write(self, row: int, saved: Mapping[str, Array], length: int) -> None:
-        """Write a copy's first places to a row; what is behind them becomes nought."""
-        for name, shape in self._shapes.items():
-            whole = np.zeros((*shape[:2], saved[name].shape[2]), np.uint8)
-            whole[:, :length] = saved[name][:, :length]
-            self._memory.upload(self._at[name] + row * self._bytes[name], whole)
-
-    def move(self, moves: Sequence[tuple[int, int]]) -> None:
-        """Copy rows, all at once: moves are (to, from). They go by way of memory aside, as they may overlap."""
-        for name, size in self._bytes.items():
-            for at, (_, source) in enumerate(moves):
-                self._memory.copy(self._aside + at * size, self._at[name] + source * size, size)
-            for at, (to, _) in enumerate(moves):
-                self._memory.copy(self._at[name] + to * size, self._aside + at * size, size)
 
 
 def open_backend(folder: Path, spec: ModelSpec, limits: Limits) -> TensorRtBackend:
@@ -202,7 +133,7 @@ def open_backend(folder: Path, spec: ModelSpec, limits: Limits) -> TensorRtBacke
             fix="Run flabc export --target tensorrt on a machine with an NVIDIA GPU and pip install 'flabc[tensorrt]'.",
         )
     plan = json.loads((folder / BUILD_PLAN).read_text(encoding="utf-8"))
-    memory = CudaMemory()
+    memory = CudaMemory("tensorrt")
     loader = Loader(folder, plan["options"])
     return TensorRtBackend(spec, limits, memory, loader)
 

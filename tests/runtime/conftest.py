@@ -1,7 +1,8 @@
-"""A server that speaks as much of OpenAI's API as an evaluation asks for."""
+"""A server that speaks as much of OpenAI's API as an evaluation asks for, and a GPU's memory that is the host's."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,50 @@ import pytest
 from flabc.runtime.evaluate.perplexity import target_nll
 from flabc.runtime.sampling import SamplingParams
 from flabc.runtime.session import Session
+
+#: What the addresses of the host's memory are multiples of, as a GPU's are.
+ALIGNMENT = 256
+
+
+class HostMemory:
+    """``Memory`` on the host; nothing but what was allocated may be touched."""
+
+    stream = 7
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, Any] = {}
+
+    def allocate(self, size: int) -> int:
+        block = np.zeros(size + ALIGNMENT, np.uint8)
+        address = -(-block.ctypes.data // ALIGNMENT) * ALIGNMENT
+        self.blocks[address] = block
+        return address
+
+    def free(self, address: int) -> None:
+        del self.blocks[address]
+
+    def upload(self, address: int, array: Any) -> None:
+        self.check(address, array.nbytes)
+        ctypes.memmove(address, array.ctypes.data, array.nbytes)
+
+    def download(self, address: int, array: Any) -> None:
+        self.check(address, array.nbytes)
+        ctypes.memmove(array.ctypes.data, address, array.nbytes)
+
+    def copy(self, to: int, source: int, size: int) -> None:
+        self.check(to, size)
+        self.check(source, size)
+        ctypes.memmove(to, source, size)
+
+    def wait(self) -> None:
+        """All is done at once here."""
+
+    def check(self, address: int, size: int) -> None:
+        """Only what was allocated may be touched."""
+        assert any(
+            start <= address and address + size <= block.ctypes.data + block.nbytes
+            for start, block in self.blocks.items()
+        ), "outside all that was allocated"
 
 
 @dataclass

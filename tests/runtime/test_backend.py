@@ -16,7 +16,7 @@ import torch
 from flabc import api
 from flabc.errors import EngineError, UnknownNameError
 from flabc.runtime.backend import Backend, Limits
-from flabc.runtime.backends.ort import cache_dtype
+from flabc.runtime.backends.ort_state import cache_dtype
 from flabc.runtime.session import Session
 
 IDS = np.random.default_rng(1).integers(3, 500, (2, 9))

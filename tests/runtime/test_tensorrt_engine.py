@@ -29,6 +29,7 @@ from flabc.runtime.session import Session
 from flabc.spec import ModelSpec
 
 from ..export.conftest import made_uneven
+from .conftest import HostMemory
 
 #: Why this machine builds no engine.
 MISSING = tensorrt_engine.missing()
@@ -36,44 +37,6 @@ MISSING = tensorrt_engine.missing()
 MAX_BATCH, MAX_INPUT, PLACES = 3, 16, 64
 
 NAMES = {"tensor(float)": "FLOAT", "tensor(float16)": "HALF", "tensor(int64)": "INT64"}
-
-
-class HostMemory:
-    """``Memory`` on the host; nothing but what was allocated may be touched."""
-
-    stream = 7
-
-    def __init__(self) -> None:
-        self.blocks: dict[int, Any] = {}
-
-    def allocate(self, size: int) -> int:
-        block = np.zeros(size + ALIGNMENT, np.uint8)
-        address = -(-block.ctypes.data // ALIGNMENT) * ALIGNMENT
-        self.blocks[address] = block
-        return address
-
-    def free(self, address: int) -> None:
-        del self.blocks[address]
-
-    def upload(self, address: int, array: Any) -> None:
-        self.check(address, array.nbytes)
-        ctypes.memmove(address, array.ctypes.data, array.nbytes)
-
-    def download(self, address: int, array: Any) -> None:
-        self.check(address, array.nbytes)
-        ctypes.memmove(array.ctypes.data, address, array.nbytes)
-
-    def copy(self, to: int, source: int, size: int) -> None:
-        self.check(to, size)
-        self.check(source, size)
-        ctypes.memmove(to, source, size)
-
-    def check(self, address: int, size: int) -> None:
-        """Only what was allocated may be touched."""
-        assert any(
-            start <= address and address + size <= block.ctypes.data + block.nbytes
-            for start, block in self.blocks.items()
-        ), "outside all that was allocated"
 
 
 class StandIn:
@@ -338,10 +301,10 @@ def test_a_folder_without_an_engine_says_what_is_missing(exported: tuple[Path, P
 def test_a_machine_without_a_gpu_is_told_so() -> None:
     if importlib.util.find_spec("cuda") is None:
         with pytest.raises(MissingExtraError, match=r"flabc\[tensorrt\]"):
-            CudaMemory()
+            CudaMemory("tensorrt")
     elif MISSING is not None:
         with pytest.raises(EngineError, match="CUDA says"):
-            CudaMemory()
+            CudaMemory("tensorrt")
 
 
 @pytest.mark.tensorrt
