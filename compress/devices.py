@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import platform
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, TypeVar
 
 import torch
+from torch import Tensor
 
 from flabc.errors import UsageError
+
+T = TypeVar("T")
 
 
 def device_named(name: str) -> torch.device:
@@ -45,3 +50,43 @@ def dtype_named(name: Literal["auto", "float32", "bfloat16"], device: torch.devi
 def name_of(dtype: torch.dtype) -> str:
     """A dtype's name, as options have it."""
     return str(dtype).removeprefix("torch.")
+
+
+def ahead(make: Callable[[int], T], items: Iterable[int]) -> Iterator[T]:
+    """What is made of each item, the next by another thread while one is in use: two are there at most.
+
+    Whoever takes them has to let go of one before it asks for the next.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        coming = None
+        for item in items:
+            ready, coming = coming, pool.submit(make, item)
+            if ready is not None:
+                yield ready.result()
+                del ready
+        if coming is not None:
+            yield coming.result()
+
+
+def copied_beside(make: Callable[[int], dict[str, Tensor]], device: torch.device) -> Callable[[int], dict[str, Tensor]]:
+    """Make tensors on a CUDA device while it computes with others: their copies go through a stream of their own.
+
+    PyTorch, "CUDA semantics", "CUDA streams" and ``Tensor.record_stream``. Untested: no GPU was at hand.
+    """
+    cuda: Any = torch.cuda
+    beside, computing = cuda.Stream(device), cuda.current_stream(device)
+
+    def made(item: int) -> dict[str, Tensor]:
+        with cuda.stream(beside):
+            tensors = make(item)
+        beside.synchronize()
+        for tensor in tensors.values():
+            tensor.record_stream(computing)  # or the memory could be written to while it is still computed with
+        return tensors
+
+    return made
+
+
+def peak_mib(device: torch.device) -> float | None:
+    """The most memory of a CUDA device that torch had in use so far, MiB; None elsewhere."""
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None

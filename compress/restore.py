@@ -46,11 +46,11 @@ def plan(model: CausalLM, config: RestoreConfig, context: Context) -> RestorePla
     tokens = context.tokens(model)
     firsts = context.firsts(model, tokens)
     walk = Walk(model, tokens, context.device, context.dtype, firsts=firsts)
-    hidden, texts = walk.embed(), len(tokens)
+    hidden, texts, fetched = walk.embed(), len(tokens), walk.fetched()
     refitted, count, before, after = dict[str, Weight](), 0, 0.0, 0.0
     with torch.no_grad(), progress("restoring layers", len(model.spec.layers)) as advance:
         for layer, aims in enumerate(dense_states(model, context, tokens, firsts)):
-            weights = walk.fetch(layer)
+            weights = next(fetched)
             for role, aim in aims.items():
                 if not _has(model, role, layer):
                     continue
@@ -62,6 +62,7 @@ def plan(model: CausalLM, config: RestoreConfig, context: Context) -> RestorePla
                 hidden = block.changed(step)
                 after = _distance(hidden[:texts], aim.hidden[:texts])
                 count += 1
+            del weights
             advance(1)
     details = {"refitted": count, "last_layer_before": round(before, 6), "last_layer": round(after, 6)}
     summary = f"restore: {count} output projections refitted; last hidden states {after:.2%} from dense"

@@ -22,6 +22,7 @@ from flabc.spec import ModelSpec
 
 from .criteria import Readout
 from .decoder import Surround, build_layer
+from .devices import ahead, copied_beside
 from .model import CausalLM
 
 #: Rows of logits held at once: small enough to stay in the processor's cache.
@@ -99,21 +100,22 @@ class Walk:
         wanted = list(dict.fromkeys(variants))
         states: dict[Variant, Tensor] = {(): self.embed()}
         with progress("walking the layers", sum(steps_of(wanted))) as advance:
+            fetched = self.fetched()
             for index in range(len(self.model.spec.layers)):
                 branches = dict.fromkeys(variant[: index + 1] for variant in wanted)
-                states = self._through(index, branches, states, listener, advance)
+                states = self._through(index, branches, next(fetched), states, listener, advance)
         return {variant: states[variant] for variant in wanted}
 
     def _through(
         self,
         index: int,
         branches: Iterable[Variant],
+        weights: Mapping[str, Tensor],
         states: Mapping[Variant, Tensor],
         listener: Listener | None,
         advance: Callable[[int], None],
     ) -> dict[Variant, Tensor]:
-        """One layer for all prefixes that end in it; the weights are fetched once."""
-        weights = self.fetch(index)
+        """One layer for all prefixes that end in it, on weights that were fetched once."""
         after: dict[Variant, Tensor] = {}
         for prefix in branches:
             hidden = states[prefix[:-1]]
@@ -143,6 +145,17 @@ class Walk:
         """One layer's weights, where and in the precision that the walk computes."""
         return {name: t.to(self.device, self.dtype) for name, t in self.model.layer_weights(index).items()}
 
+    def fetched(self) -> Iterator[dict[str, Tensor]]:
+        """Every layer's weights in their order; a GPU is given the next ones while it computes with these.
+
+        Let go of them before asking for the next: two layers are there at most. A processor would have to read while it
+        computes, so there they are fetched when they are asked for.
+        """
+        layers = range(len(self.model.spec.layers))
+        if self.device.type != "cuda":
+            return map(self.fetch, layers)
+        return ahead(copied_beside(self.fetch, self.device), layers)
+
     def layer(self, index: int, decision: Decision, weights: Mapping[str, Tensor]) -> nn.Module:
         """A layer on weights that were fetched, with what a decision leaves of it."""
         model = self.model
@@ -163,11 +176,12 @@ class Walk:
             variant: as long as the model has layers.
             listener: opened around each sub-block while it runs, with a layer in which the other one is absent.
         """
-        hidden = self.embed()
+        hidden, fetched = self.embed(), self.fetched()
         for index, decision in enumerate(variant):
-            weights = self.fetch(index)
+            weights = next(fetched)
             between = self._half(index, Decision(decision.attention, ffn=False), weights, hidden, listener)
             after = self._half(index, Decision(attention=False, ffn=decision.ffn), weights, between, listener)
+            del weights
             yield index, (hidden, between, after)
             hidden = after
 

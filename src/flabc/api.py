@@ -68,7 +68,10 @@ class Inspection(Frozen):
 
 
 class Compressed(Frozen):
-    """What compressing did. ``path`` is None after a dry run."""
+    """What compressing did.
+
+    ``path`` is None after a dry run, ``peak_device_mib`` where no GPU computed: what torch had in use of its memory.
+    """
 
     path: Path | None
     recipe: dict[str, Any]
@@ -76,6 +79,7 @@ class Compressed(Frozen):
     spec: ModelSpec
     stages: list[dict[str, Any]]
     quality: dict[str, Any]
+    peak_device_mib: float | None = None
 
     @property
     def kept(self) -> float:
@@ -192,7 +196,7 @@ def compress(
         artifact.check_free(output, force=force)
     require("torch", "compress")
     require("transformers", "compress")
-    from flabc.compress import load, pipeline
+    from flabc.compress import devices, load, pipeline
 
     stream = _checked(model, parsed, output, device, memory=memory, allow_pickle=allow_pickle)
     # What a streamed model puts aside lies on the disk of the output, which was asked for room.
@@ -215,6 +219,7 @@ def compress(
             spec=cut.spec,
             stages=[receipt.as_dict() for receipt in receipts],
             quality=quality,
+            peak_device_mib=devices.peak_mib(devices.device_named(device)),
         )
         if done.path is not None:
             _write_checkpoint(cut, done, done.path, seed, force=force)
@@ -289,6 +294,7 @@ def bench(
     workload: Workload | None = None,
     sweep: Sequence[Workload] = (),
     load: LoadPlan | None = None,
+    openings: int = 5,
     corpus: str = "python-stdlib",
     grid_g_per_kwh: float | None = None,
     force: bool = False,
@@ -302,6 +308,7 @@ def bench(
         workload: what each run does.
         sweep: other lengths of prompts and batches, measured as well.
         load: clients or arrival rates under which latency and requests per second are measured as well.
+        openings: how often both are opened, at least once; the workload's rounds are those of each.
         corpus: the text for prompts and perplexity, of which the held-out side is used.
         grid_g_per_kwh: grams of CO2 that the machine's electricity costs a kWh; where energy can be read, the report
             estimates by it what a token costs.
@@ -322,7 +329,7 @@ def bench(
     texts = list(heldout_texts(corpus).values())
     longest = max([workload, *sweep], key=lambda each: each.prompt_tokens)
     prompts = held_out.prompts(corpus, longest.prompt_tokens, workload.rounds)
-    result = measure(Path(engine), Path(baseline), workload, prompts, texts, sweep, load)
+    result = measure(Path(engine), Path(baseline), workload, prompts, texts, sweep, load, openings=openings)
     result = result.model_copy(update={"grid_g_per_kwh": grid_g_per_kwh})
     with artifact.create(output, "report", force=force) as draft:
         (draft.path / "bench.json").write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")

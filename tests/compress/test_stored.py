@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from flabc import api
 from flabc.compress import load, stored
+from flabc.compress.devices import ahead
 from flabc.compress.location import locate
 from flabc.compress.stored import Stored, spill, stored_in
 from flabc.compress.walk import Walk, dense_variant, without
@@ -76,9 +78,50 @@ class Scale:
         self.now -= size
 
 
+def test_what_is_made_ahead_comes_in_order_and_no_more_than_two_are_there() -> None:
+    class Made:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+    made: list[weakref.ref[Made]] = []
+    begun = [threading.Event() for _ in range(4)]
+    most = 0
+
+    def make(number: int) -> Made:
+        nonlocal most
+        each = Made(number)
+        made.append(weakref.ref(each))
+        most = max(most, sum(one() is not None for one in made))
+        begun[number].set()
+        return each
+
+    taken = ahead(make, range(4))
+    for number in range(4):
+        each = next(taken)
+        assert each.number == number
+        if number < 3:
+            assert begun[number + 1].wait(10)  # by itself, while this one is in use
+        del each
+    assert next(taken, None) is None
+    assert most == 2
+
+    def fail(number: int) -> int:
+        if number:
+            raise ModelError("It cannot be read.")
+        return number
+
+    taken_of_two = ahead(fail, range(2))
+    assert next(taken_of_two) == 0
+    with pytest.raises(ModelError, match="cannot be read"):
+        next(taken_of_two)
+
+
+@pytest.mark.parametrize("by_itself", [False, True], ids=["when asked for", "ahead"])
 def test_two_layers_and_the_embeddings_are_all_that_is_in_memory(
-    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, by_itself: bool
 ) -> None:
+    if by_itself:  # as on a GPU, but for the stream
+        monkeypatch.setattr(Walk, "fetched", lambda walk: ahead(walk.fetch, range(len(walk.model.spec.layers))))
     model = load.load(str(tiny("llama-untied-biased")), stream=True)
     assert all(isinstance(weight, Stored) for weight in model.weights.values())
     tokens = torch.randint(0, 600, (4, 30), generator=torch.Generator().manual_seed(0))
@@ -95,8 +138,10 @@ def test_two_layers_and_the_embeddings_are_all_that_is_in_memory(
             pass
         assert scale.peak <= 2 * layer + embedding + model.spec.hidden_size
     resident = load.load(str(tiny("llama-untied-biased")))
-    again = Walk(resident, tokens, torch.device("cpu"), torch.float32).run([dense])[dense]
-    assert torch.equal(states[dense], again)
+    again = Walk(resident, tokens, torch.device("cpu"), torch.float32)
+    assert torch.equal(states[dense], again.run([dense])[dense])
+    *_, (_, (_, _, last)) = again.stream(dense)
+    torch.testing.assert_close(states[dense], last)
 
 
 def test_too_little_memory_is_told_before_any_work(

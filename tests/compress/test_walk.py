@@ -246,3 +246,19 @@ def test_the_walk_computes_in_the_dtype_it_is_given(tied: CausalLM) -> None:
     assert hidden.dtype == torch.bfloat16
     reference = exact.run([dense])[dense]
     assert 1e-4 < float((hidden.float() - reference).norm() / reference.norm()) < 0.05
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device here")
+def test_a_gpu_says_what_the_processor_says(one_pair: tuple[CausalLM, Any]) -> None:
+    """Leave-one-out costs, with layers copied to the device while others are computed with."""
+    source, _ = one_pair
+    dense = dense_variant(source.spec)
+    variants = [dense, *(without(dense, layer) for layer in range(len(source.spec.layers)))]
+    found = []
+    for device in (torch.device("cpu"), torch.device("cuda", 0)):
+        walk = Walk(source, random_tokens(source), device, torch.float32)
+        states = walk.run(variants)
+        costs = walk.costs(states[dense], states, CRITERIA["kl"].cost)
+        found.append([costs[variant] for variant in variants])
+    assert found[1] == pytest.approx(found[0], abs=1e-4)
