@@ -24,7 +24,11 @@ class Generation:
 
 
 class StopFilter:
-    """Passes text on until a stop text appears; text that may be the beginning of one is held back."""
+    """Passes text on until a stop text is complete; text that may be the beginning of one is held back.
+
+    Of several the first to be complete counts, and of those that end together the longest: whatever pieces the text
+    comes in, it ends at the same place.
+    """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self.stopped = False
@@ -36,10 +40,11 @@ class StopFilter:
         if self.stopped:
             return ""
         self._held += piece
-        found = [at for at in (self._held.find(text) for text in self._stop) if at >= 0]
+        found = [(at + len(text), at) for text in self._stop if (at := self._held.find(text)) >= 0]
         if found:
             self.stopped = True
-            return self._held[: min(found)]
+            _, begin = min(found)
+            return self._held[:begin]
         keep = max((_overlap(self._held, text) for text in self._stop), default=0)
         shown = self._held[: len(self._held) - keep]
         self._held = self._held[len(shown) :]

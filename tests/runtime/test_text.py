@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -20,13 +20,14 @@ stops = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)
 
 
 @given(texts, stops, st.lists(st.integers(0, 30)))
+@example("\naa", ["a", "\naa"], [2])  # the longer one begins earlier and is complete later
 def test_a_stop_text_is_found_however_the_pieces_fall(text: str, stop: list[str], cuts: list[int]) -> None:
     edges = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})
     pieces = [text[a:b] for a, b in pairwise(edges)]
     found = StopFilter(stop)
     given_out = [found.push(piece) for piece in pieces] + [found.flush()]
-    end = min((at for at in (text.find(s) for s in stop) if at >= 0), default=len(text))
-    assert "".join(given_out) == text[:end]
+    _, begin = min(((at + len(s), at) for s in stop if (at := text.find(s)) >= 0), default=(0, len(text)))
+    assert "".join(given_out) == text[:begin]
     assert found.stopped == any(s in text for s in stop)
     shown = ""
     for piece in given_out:  # nothing is shown that would have to be taken back
