@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from flabc.console import track
+from flabc.console import progress
 from flabc.errors import StageError
 
 from .data.corpus import Document
@@ -19,6 +19,9 @@ from .walk import Walk, dense_variant
 
 #: Held-out windows, and their length in tokens, on which the removed mass is measured.
 WINDOWS, LENGTH = 4, 256
+
+#: Texts that are encoded at once, by all cores.
+TOGETHER = 32
 
 #: How the samples that are neither code nor English are called together.
 OTHER = "other languages"
@@ -67,9 +70,18 @@ def windows(tokenizer: Tokenizer, documents: Sequence[Document]) -> Tensor:
 
 def _growth(dense: Tokenizer, pruned: Tokenizer, texts: Sequence[str]) -> float:
     before = after = 0
-    for text in track(texts, "checking the tokenizer", len(texts)):
-        old, new = (tokenizer.encode(text, add_special_tokens=False).ids for tokenizer in (dense, pruned))
-        if pruned.decode(new) != dense.decode(old):
-            raise StageError("The pruned tokenizer does not give this text back as it was.", found=repr(text[:60]))
-        before, after = before + len(old), after + len(new)
+    with progress("checking the tokenizer", len(texts)) as advance:
+        for at in range(0, len(texts), TOGETHER):
+            some = texts[at : at + TOGETHER]
+            old, new = (_ids(tokenizer, some) for tokenizer in (dense, pruned))
+            for text, was, now in zip(some, dense.decode_batch(old), pruned.decode_batch(new), strict=True):
+                if was != now:
+                    found = repr(text[:60])
+                    raise StageError("The pruned tokenizer does not give this text back as it was.", found=found)
+            before, after = before + sum(map(len, old)), after + sum(map(len, new))
+            advance(len(some))
     return after / max(1, before)
+
+
+def _ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]

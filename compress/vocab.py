@@ -119,9 +119,12 @@ def count_tokens(tokenizer: Tokenizer, documents: Iterable[Document], size: int)
     with progress("counting the tokens of characters", None) as advance:
         for batch in batched(documents):
             encodings = tokenizer.encode_batch_fast([d.text for d in batch], add_special_tokens=False)  # in parallel
+            ids: dict[str, list[int]] = {}
             for document, encoding in zip(batch, encodings, strict=True):
-                seen = counts.setdefault(document.corpus, np.zeros(size))
-                np.add.at(seen, encoding.ids, 1)
+                ids.setdefault(document.corpus, []).extend(encoding.ids)
+            for corpus, found in ids.items():
+                seen = counts.setdefault(corpus, np.zeros(size))
+                seen += np.bincount(np.asarray(found, np.int64), minlength=size)
             advance(sum(len(document.text) for document in batch))
     return counts
 

@@ -275,5 +275,6 @@ def _timed(
     pruned: Sequence[Sample],
     better: Better = "lower",
 ) -> Row:
-    values = (median([metric(sample) for sample in side]) for side in (dense, pruned))
-    return Row(key, label, unit, *values, *ratio_of(metric, pruned, dense), better)
+    before, after = (median([metric(sample) for sample in side]) for side in (dense, pruned))
+    ratio, interval = ratio_of(metric, pruned, dense)
+    return Row(key, label, unit, before, after, ratio, interval, better)

@@ -63,8 +63,8 @@ def bench(
                     warmups = [warm_up(side, prompts[0], work) for side in sides]
                     measured += _rounds(*sides, work, prompts, number, advance)
                     if work is workload:  # before what needs more memory than this
-                        for each, side, runs in zip(found, sides, warmups, strict=True):
-                            each.opened(side, runs)
+                        for each, side, count in zip(found, sides, warmups, strict=True):
+                            each.opened(side, count)
                 if number == openings - 1:
                     roofline = None if any(side.on_gpu for side in sides) else measure_roofline()
                     energies = [_energy(side, prompts[0], workload) for side in sides]
