@@ -52,15 +52,19 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def ahead(make: Callable[[int], T], items: Iterable[int]) -> Iterator[T]:
+def ahead(begin: Callable[[int], Callable[[], T]], items: Iterable[int]) -> Iterator[T]:
     """What is made of each item, the next by another thread while one is in use: two are there at most.
 
     Whoever takes them has to let go of one before it asks for the next.
+
+    Args:
+        begin: from an item to what makes it; called here, when the one before the last was let go of.
+        items: in their order.
     """
     with ThreadPoolExecutor(1) as pool:
         coming = None
         for item in items:
-            ready, coming = coming, pool.submit(make, item)
+            ready, coming = coming, pool.submit(begin(item))
             if ready is not None:
                 yield ready.result()
                 del ready
@@ -68,25 +72,41 @@ def ahead(make: Callable[[int], T], items: Iterable[int]) -> Iterator[T]:
             yield coming.result()
 
 
-def copied_beside(make: Callable[[int], dict[str, Tensor]], device: torch.device) -> Callable[[int], dict[str, Tensor]]:
-    """Make tensors on a CUDA device while it computes with others: their copies go through a stream of their own.
+def beside(make: Callable[[int], dict[str, Tensor]], device: torch.device) -> Callable[[int], Callable[[], Any]]:
+    """How tensors are made on a CUDA device while it computes with others, for ``ahead``.
 
-    PyTorch, "CUDA semantics", "CUDA streams" and ``Tensor.record_stream``. Untested: no GPU was at hand.
+    Their copies go through a stream of their own, and wait until what was asked of the device before is done: Python
+    runs ahead of it, and what it let go of is there until then. PyTorch, "CUDA semantics", "CUDA streams" and
+    ``Tensor.record_stream``. Untested: no GPU was at hand.
     """
     cuda: Any = torch.cuda
-    beside, computing = cuda.Stream(device), cuda.current_stream(device)
+    copying, computing = cuda.Stream(device), cuda.current_stream(device)
 
-    def made(item: int) -> dict[str, Tensor]:
-        with cuda.stream(beside):
-            tensors = make(item)
-        beside.synchronize()
-        for tensor in tensors.values():
-            tensor.record_stream(computing)  # or the memory could be written to while it is still computed with
-        return tensors
+    def begin(item: int) -> Callable[[], dict[str, Tensor]]:
+        before = computing.record_event()
 
-    return made
+        def made() -> dict[str, Tensor]:
+            before.synchronize()
+            with cuda.stream(copying):
+                tensors = make(item)
+            copying.synchronize()
+            for tensor in tensors.values():
+                tensor.record_stream(computing)  # or it could be written over while it is still computed with
+            return tensors
+
+        return made
+
+    return begin
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let ``peak_mib`` begin anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_mib(device: torch.device) -> float | None:
-    """The most memory of a CUDA device that torch had in use so far, MiB; None elsewhere."""
-    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+    """The most memory of a CUDA device that torch used or still waited for, MiB; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    return float(torch.cuda.memory_stats(device)["active_bytes.all.peak"]) / 2**20

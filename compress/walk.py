@@ -22,7 +22,7 @@ from flabc.spec import ModelSpec
 
 from .criteria import Readout
 from .decoder import Surround, build_layer
-from .devices import ahead, copied_beside
+from .devices import ahead, beside
 from .model import CausalLM
 
 #: Rows of logits held at once: small enough to stay in the processor's cache.
@@ -154,7 +154,7 @@ class Walk:
         layers = range(len(self.model.spec.layers))
         if self.device.type != "cuda":
             return map(self.fetch, layers)
-        return ahead(copied_beside(self.fetch, self.device), layers)
+        return ahead(beside(self.fetch, self.device), layers)
 
     def layer(self, index: int, decision: Decision, weights: Mapping[str, Tensor]) -> nn.Module:
         """A layer on weights that were fetched, with what a decision leaves of it."""

@@ -100,9 +100,10 @@ class Cell:
             with ExitStack() as stack:
                 self.running = {}
                 for each in self.ours:
-                    self._open_ours(each, stack)
+                    if self._works(each.name):
+                        self._open_ours(each, stack)
                 for name in names:
-                    if name not in self.sides or self.sides[name].error is None:
+                    if self._works(name):
                         self._open_peer(name, prompts, expected, stack)
                 foreign += self._rounds(number)
         done = [
@@ -117,6 +118,9 @@ class Cell:
             threads=self.workload.threads or 0,
             **self.workload.model_dump(include={"batch", "prompt_tokens", "output_tokens"}),
         )
+
+    def _works(self, name: str) -> bool:
+        return name not in self.sides or self.sides[name].error is None
 
     def _greedy(self) -> tuple[dict[str, list[int]], list[int]]:
         """The prompts' ids, and what our dense engine says behind the first."""
@@ -197,12 +201,14 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--output-tokens", type=int, default=64)
-    parser.add_argument("--openings", type=int, default=4, help="how often every engine is opened")
+    parser.add_argument("--openings", type=int, default=4, help="how often every engine is opened, at least once")
     parser.add_argument("--rounds", type=int, default=3, help="in each opening")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--again", action="store_true", help="measure cells with errors anew")
     parser.add_argument("-o", "--output", type=Path, default=RESULT)
     asked = parser.parse_args()
+    if asked.openings < 1:
+        parser.error(f"--openings {asked.openings}: expected at least 1")
     ours = [Ours(each, _label("flabc, dense", each, asked.dense), "dense") for each in asked.dense]
     ours += [Ours(each, _label("flabc, pruned", each, asked.pruned), "pruned") for each in asked.pruned]
     peers = Peers(asked.model, asked.work, tie=asked.tie)

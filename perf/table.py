@@ -160,15 +160,22 @@ def interval_text(interval: tuple[float, float]) -> str:
 def ratio_of(
     metric: Callable[[Sample], float], above: Sequence[Sample], below: Sequence[Sample]
 ) -> tuple[float, tuple[float, float]]:
-    """How many times the metric of ``below`` that of ``above`` is, and the interval, over their openings."""
-    return ratio_over_openings(*(_by_opening(metric, samples) for samples in (above, below)))
+    """How many times the metric of ``below`` that of ``above`` is, and the interval, over their openings.
+
+    Raises:
+        ValueError: if one has an opening that the other lacks.
+    """
+    sides = [_by_opening(metric, samples) for samples in (above, below)]
+    if sides[0].keys() != sides[1].keys():
+        raise ValueError(f"openings {[*sides[0]]} and {[*sides[1]]} are not the same")
+    return ratio_over_openings(*([side[number] for number in sorted(side)] for side in sides))
 
 
-def _by_opening(metric: Callable[[Sample], float], samples: Sequence[Sample]) -> list[list[float]]:
+def _by_opening(metric: Callable[[Sample], float], samples: Sequence[Sample]) -> dict[int, list[float]]:
     openings: dict[int, list[float]] = {}
     for sample in samples:
         openings.setdefault(sample.opening, []).append(metric(sample))
-    return list(openings.values())
+    return openings
 
 
 def _cells(row: Row) -> tuple[str, str, str, str]:

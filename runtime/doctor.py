@@ -24,7 +24,7 @@ EXTRAS = {
     "cpu": ("onnxruntime",),
     "compress": ("torch", "transformers", "safetensors", "gguf", "accelerate", "peft"),
     "export": ("onnx", "onnx-ir", "onnxscript", "ml-dtypes"),
-    "report": ("matplotlib",),
+    "report": ("matplotlib", "scipy"),
     "serve": ("fastapi", "uvicorn", "prometheus-client"),
     "openvino": ("openvino",),
     "gpu": ("onnxruntime-gpu", "nvidia-ml-py", "cuda-bindings"),

@@ -11,7 +11,7 @@ import flabc
 from flabc import api
 from flabc.artifact import Artifact
 from flabc.compress import retraining
-from flabc.errors import ArtifactError, ModelError, UnknownNameError
+from flabc.errors import ArtifactError, ModelError, UnknownNameError, UsageError
 from flabc.recipe import load as load_recipe
 from flabc.recipe import parse
 from flabc.runtime.evaluate.task import EvalOptions
@@ -117,6 +117,13 @@ def test_an_evaluation_is_no_benchmark(tiny_engine: Path, tmp_path: Path) -> Non
 def test_an_unknown_task_is_told(tiny_engine: Path) -> None:
     with pytest.raises(UnknownNameError, match="Did you mean 'perplexity'"):
         api.evaluate(tiny_engine, EvalOptions(task="perplexty"))
+
+
+def test_engines_that_are_never_opened_are_not_measured(
+    tiny_engine: Path, tiny_dense_engine: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"at least 1\. Found: 0"):
+        api.bench(tiny_engine, tiny_dense_engine, tmp_path / "report", openings=0)
 
 
 def test_bench_measures_both_sides_alike(tiny_engine: Path, tiny_dense_engine: Path, tmp_path: Path) -> None:

@@ -51,7 +51,9 @@ class OnnxRuntimeDialect:
         longest = graph.op("Shape", self._mask, start=1, end=2)
         scalar = graph.op("Squeeze", longest, graph.constant("zero", np.array([0])))
         self._total = graph.op("Cast", scalar, to=ir.DataType.INT32)
-        self._new = graph.op("Shape", ids, start=1, end=2)  # S
+        # S of every row, counted where it is compared: a number of the host's beside one of the device's would have to
+        # be copied there, and ONNX Runtime captures no CUDA graph then.
+        self._new = graph.op("ReduceSum", graph.op("Expand", one, graph.op("Shape", ids)), one, keepdims=0)  # (B,)
         for rotary in graph.architecture.rotary.values():
             if len(rotary.frequencies) % ROTARY_STEP:
                 raise ModelError(

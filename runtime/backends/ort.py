@@ -117,18 +117,19 @@ def _opened(file: Path, spec: ModelSpec, limits: Limits) -> State:
     """A session on a graph with its cache where it computes; with CUDA graphs where the provider takes this one."""
     if limits.provider not in ON_GPU:
         return HostState(open_graph(file, limits), spec, limits)
-    session = _with_cuda_graphs(file, limits) if limits.provider == "cuda" else open_graph(file, limits)
-    return DeviceState(session, spec, limits, CudaMemory("gpu"))
+    session, graphs = _captured(file, limits) if limits.provider == "cuda" else (open_graph(file, limits), False)
+    return DeviceState(session, spec, limits, CudaMemory("gpu"), graphs=graphs)
 
 
-def _with_cuda_graphs(file: Path, limits: Limits) -> Any:
+def _captured(file: Path, limits: Limits) -> tuple[Any, bool]:
+    """A session with CUDA graphs, or, which is said, without: not of every graph can one be captured."""
     try:
-        return open_graph(file, limits, {"enable_cuda_graph": "1"})
+        return open_graph(file, limits, {"enable_cuda_graph": "1"}), True
     except EngineError as error:
         if "graph capture" not in str(error):
             raise
         note(f"without CUDA graphs, so decoding is slower: {' '.join(str(error).split())}")
-        return open_graph(file, limits)
+        return open_graph(file, limits), False
 
 
 def open_graph(file: Path, limits: Limits, cuda_options: Mapping[str, str] | None = None) -> Any:

@@ -119,31 +119,34 @@ class _Step:
 class DeviceState:
     """A cache in a GPU's memory, where all that goes in and out lies too. See ``State`` for the contract.
 
-    A CUDA graph is of one shape and of fixed addresses. So a step of one token has memory of its own for every span of
-    rows, and a mask as long as the cache, of which what is not attended to is 0; prompts run without a graph. Untested
-    on a GPU: none was at hand; over the host's memory it is compared with ``HostState``.
+    A CUDA graph is of one shape and of fixed addresses. So where there are graphs a step of one token has memory of its
+    own for every span of rows, and a mask as long as the cache, of which what is not attended to is 0; prompts run
+    without one. Untested on a GPU: none was at hand; over the host's memory it is compared with ``HostState``.
 
     Args:
         session: of the graph.
         spec: the model's shapes.
         limits: how many rows and places there are.
         memory: the GPU's.
+        graphs: whether the session captures graphs.
         device: what ONNX Runtime calls it.
     """
 
-    def __init__(self, session: Any, spec: ModelSpec, limits: Limits, memory: Memory, device: str = "cuda") -> None:
-        self._session, self._memory, self._device = session, memory, device
+    def __init__(
+        self, session: Any, spec: ModelSpec, limits: Limits, memory: Memory, *, graphs: bool, device: str = "cuda"
+    ) -> None:
+        self._session, self._memory, self._graphs, self._device = session, memory, graphs, device
         self._runtime = require("onnxruntime", "gpu")
         self._dtype = np.dtype(cache_dtype(session))
         self._cache = Cache(spec, memory, limits.max_batch, limits.max_length, self._dtype.itemsize)
         self._places, self._vocab = limits.max_length, spec.vocab_size
-        self._prompts = Room(memory)
+        self._loose = Room(memory)  # of what runs without a graph
         self._steps: dict[tuple[int, int], _Step] = {}  # by first row and end
 
     def run(self, first: int, ids: Ids, lengths: Ids) -> Logits:
         """Logits after the last tokens of the rows, which are then ``lengths`` long."""
         given = {"input_ids": np.ascontiguousarray(ids)}
-        if ids.shape[1] == 1:
+        if self._graphs and ids.shape[1] == 1:
             given["attention_mask"] = _mask(lengths, self._places)
             rows = first, first + len(ids)
             if rows not in self._steps:
@@ -151,7 +154,7 @@ class DeviceState:
             step = self._steps[rows]
         else:
             given["attention_mask"] = _mask(lengths, int(lengths.max()))
-            step = self._step(first, given, self._prompts, graph=NO_GRAPH)
+            step = self._step(first, given, self._loose, graph=NO_GRAPH)
         for name, array in given.items():
             self._memory.upload(step.room.at(name, array.nbytes), array)
         self._session.run_with_iobinding(step.binding, step.options)  # returns when the GPU is done

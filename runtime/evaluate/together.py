@@ -1,6 +1,6 @@
-"""Programs that import the same: many in one sandbox, so that it is imported once.
+"""Programs that import of the same packages: many in one sandbox, so that these are imported once.
 
-Each runs in a process of its own, forked after the imports, with its own time, behind the same walls as the others;
+Each runs in a process of its own, forked after the packages, with its own time, behind the same walls as the others;
 it passes if it reaches its end. They share the sandbox's folder and its processes, which is well for code that one has
 and reads; what a model wrote runs by ``sandbox.run_all``, each alone.
 """
@@ -75,8 +75,9 @@ def run_together(
 
     Args:
         programs: Python sources.
-        imports: the modules of each that are imported before. Only those with the same share a sandbox: what a
-            neighbour imported would be there too.
+        imports: the modules that each imports, of which the outermost packages are imported before: who imports
+            ``a.b`` imports ``a`` at first. Only those with the same packages share a sandbox: what a neighbour
+            imported would be there too.
         limits: what each may take.
         workers: sandboxes at once; by default as many as there are cores.
 
@@ -88,11 +89,11 @@ def run_together(
         return
     alike = defaultdict[tuple[str, ...], list[int]](list)
     for index, names in enumerate(imports):
-        alike[tuple(sorted(names))].append(index)
+        alike[_packages(names)].append(index)
     crowds = [indices[at : at + CROWD] for indices in alike.values() for at in range(0, len(indices), CROWD)]
     scripts = [
         _SCRIPT.format(
-            imports=sorted(imports[crowd[0]]),
+            imports=_packages(imports[crowd[0]]),
             programs=[programs[index] for index in crowd],
             timeout_s=limits.timeout_s,
         )
@@ -108,6 +109,10 @@ def run_together(
         yield from ((index, bool(passed >> number & 1)) for number, index in enumerate(crowds[place]))
     for number, verdict in run_all([programs[index] for index in alone], limits, workers):
         yield alone[number], verdict.passed
+
+
+def _packages(modules: Sequence[str]) -> tuple[str, ...]:
+    return tuple(sorted({name.split(".")[0] for name in modules}))
 
 
 def _told(verdict: Verdict) -> int | None:

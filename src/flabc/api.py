@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from flabc import artifact
 from flabc.artifact import Artifact
 from flabc.console import note, progress
-from flabc.errors import ArtifactError, require
+from flabc.errors import ArtifactError, UsageError, require
 from flabc.evaluating import Diff, diff, evaluate, heldout_texts, read_evaluation
 from flabc.exports import Exported, export
 from flabc.frozen import Frozen
@@ -199,6 +199,7 @@ def compress(
     from flabc.compress import devices, load, pipeline
 
     stream = _checked(model, parsed, output, device, memory=memory, allow_pickle=allow_pickle)
+    devices.forget_peak(devices.device_named(device))
     # What a streamed model puts aside lies on the disk of the output, which was asked for room.
     beside = None if output is None else next(folder for folder in Path(output).absolute().parents if folder.exists())
     with tempfile.TemporaryDirectory(prefix="flabc-", dir=beside) as scratch:
@@ -318,7 +319,10 @@ def bench(
         FlabcError: see ``flabc.errors``.
     """
     artifact.check_free(output, force=force)
-    require("matplotlib", "report")
+    if openings < 1:
+        raise UsageError("Engines that are not opened cannot be measured.", expected="at least 1", found=str(openings))
+    for package in ("matplotlib", "scipy"):
+        require(package, "report")
     from flabc.compress.data import corpus as held_out
     from flabc.perf import load_table, report, table
     from flabc.runtime.measure.bench import bench as measure

@@ -124,6 +124,33 @@ def test_the_files_are_valid_and_share_their_weights(tiny_engine: Path) -> None:
     assert 4 * spec.num_parameters <= stored <= 4 * (spec.num_parameters + tables) * 1.01  # a tied matrix once
 
 
+#: Inputs that CUDA's kernels of these operators want in the host's memory (ONNX Runtime, their ``InputMemoryType``).
+HOST_INPUTS = {"Reshape": {1}, "Expand": {1}, "Squeeze": {1}, "Unsqueeze": {1}, "GroupQueryAttention": {6}}
+
+
+def copied_to_the_device(file: Path) -> list[str]:
+    """Values that a CUDA provider would have to copy from the host: ONNX Runtime then captures no CUDA graph.
+
+    ``Shape`` gives numbers of the host's; what is made of these alone, and of constants, stays there, unless the device
+    takes it from the host (``GetCpuPreferredNodes`` of ONNX Runtime).
+    """
+    graph = onnx.load(str(file), load_external_data=False).graph
+    constants, host, copied = {tensor.name for tensor in graph.initializer}, set[str](), list[str]()
+    for node in graph.node:
+        wanted = HOST_INPUTS.get(node.op_type, set())
+        given = [name for at, name in enumerate(node.input) if name and name not in constants and at not in wanted]
+        if node.op_type == "Shape" or (given and host.issuperset(given)):
+            host |= set(node.output)
+        else:
+            copied += [name for name in given if name in host]
+    return copied
+
+
+def test_a_cuda_graph_can_be_captured_of_a_step(any_tiny: Path, tmp_path: Path) -> None:
+    engine_of(any_tiny, spec_of(any_tiny), tmp_path / "e")
+    assert copied_to_the_device(tmp_path / "e" / engine.GRAPH) == []
+
+
 def test_the_scoring_graph_reads_the_weights_of_the_serving_graph(any_tiny: Path, tmp_path: Path, target: str) -> None:
     engine_of(any_tiny, spec_of(any_tiny), tmp_path / "e", target)
     serving, scoring = (places_of(tmp_path / "e" / name) for name in (engine.GRAPH, engine.SCORING_GRAPH))

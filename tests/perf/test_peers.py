@@ -18,7 +18,7 @@ from flabc.perf.peer_environments import Peers
 from flabc.perf.peer_table import PeerCell, PeerSide, PeersResult
 from flabc.perf.peers import Cell, Ours
 from flabc.perf.table import DASH, TIMES
-from flabc.runtime.measure.process import Pipe
+from flabc.runtime.measure.process import Pipe, Process
 from flabc.runtime.measure.result import Roofline, Sample, Workload
 
 WORK = Workload(prompt_tokens=8, output_tokens=4, rounds=2, threads=1)
@@ -106,6 +106,33 @@ def test_nothing_unlike_is_in_one_cell(tiny_dense_engine: Path, tmp_path: Path, 
     assert asked != Cell(made, both, "int8", WORK.model_copy(update={"rounds": 3}), []).asked(["torch"])
     assert asked != Cell(made, both, "fp32", WORK, []).asked(["torch"])
     assert asked != Cell(made, both, "int8", WORK, [], OPENINGS).asked(["torch"])
+
+
+def test_who_fails_once_is_not_opened_again(
+    tiny_dense_engine: Path, tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of ours too: else it would have other openings than those it is compared with."""
+    opened: list[str] = []
+    true, run = Cell._open_ours, Process.run
+
+    def open_ours(cell: Cell, each: Ours, stack: Any) -> None:
+        opened.append(each.name)
+        true(cell, each, stack)
+
+    def failing(process: Process, text: str, workload: Workload) -> Sample:
+        if process.folder == tiny_engine and "pruned" in cell.samples:
+            raise EngineError("It broke.")
+        return run(process, text, workload)
+
+    monkeypatch.setattr(Cell, "_open_ours", open_ours)
+    monkeypatch.setattr(Process, "run", failing)
+    ours = [Ours(tiny_dense_engine, "dense", "dense"), Ours(tiny_engine, "pruned", "pruned")]
+    texts = corpus.prompts("python-stdlib", WORK.prompt_tokens, WORK.rounds)
+    cell = Cell(Peers("x", tmp_path, tie=False), ours, "fp32", WORK, texts, OPENINGS)
+    dense, pruned = cell.measure([]).sides
+    assert opened == ["dense", "pruned", "dense"]
+    assert [sample.opening for sample in dense.samples] == [0, 0, 1, 1]
+    assert (pruned.samples, pruned.error) == ((), "It broke.")
 
 
 class Fake(peer_worker.Peer):

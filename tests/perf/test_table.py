@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from flabc.perf.table import Row, as_dict, as_markdown, as_rich, conversion, interval_text, quantity, rows, times
+from flabc.perf.table import (
+    Row,
+    as_dict,
+    as_markdown,
+    as_rich,
+    conversion,
+    interval_text,
+    quantity,
+    ratio_of,
+    rows,
+    times,
+)
 from flabc.runtime.measure.result import BenchResult, Energy, Roofline, Sample
 
 KEYS = [
@@ -117,6 +128,17 @@ def test_the_interval_is_over_openings_where_there_are_several(result: BenchResu
     reach = 12.706 * log(1.5) / 2  # Student's t of one degree of freedom, and the standard error
     assert timed.interval == pytest.approx((timed.ratio / exp(reach), timed.ratio * exp(reach)), rel=1e-4)
     assert timed.verdict == "even"
+
+
+def test_an_opening_is_compared_with_the_one_beside_it() -> None:
+    def runs(*openings: int) -> list[Sample]:
+        return [Sample(ttft_ms=at + 1, token_ms=(at + 1,), opening=at) for at in openings]
+
+    ratio, interval = ratio_of(lambda sample: sample.ttft_ms, runs(0, 1, 2), runs(2, 0, 1))
+    assert ratio == pytest.approx(1)
+    assert interval == pytest.approx((1, 1))
+    with pytest.raises(ValueError, match=r"openings \[0, 2\] and \[0, 1\]"):
+        ratio_of(lambda sample: sample.ttft_ms, runs(0, 2), runs(0, 1))
 
 
 def test_only_timed_rows_have_an_interval(result: BenchResult) -> None:

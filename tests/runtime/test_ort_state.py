@@ -69,23 +69,26 @@ class WatchedBinding:
 def watched(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[ort.OrtBackend, Watched]]:
     """Opens the engine with its cache on a device that is the host."""
 
-    def opened(limits: Limits = LIMITS) -> tuple[ort.OrtBackend, Watched]:
+    def opened(limits: Limits = LIMITS, *, graphs: bool = True) -> tuple[ort.OrtBackend, Watched]:
         spec, memory = Session.open(tiny_engine).spec, HostMemory()
         session = Watched(ort.open_graph(tiny_engine / GRAPH, limits), memory)
         with monkeypatch.context() as patch:
-            patch.setattr(ort, "_opened", lambda *_: DeviceState(session, spec, limits, memory, device="cpu"))
+            patch.setattr(
+                ort, "_opened", lambda *_: DeviceState(session, spec, limits, memory, graphs=graphs, device="cpu")
+            )
             return ort.OrtBackend(tiny_engine, spec, limits), session
 
     return opened
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("seed", range(4))
 def test_a_device_says_what_the_host_says_whatever_joins_leaves_and_comes_back(
-    tiny_engine: Path, watched: Callable[..., tuple[ort.OrtBackend, Watched]], seed: int
+    tiny_engine: Path, watched: Callable[..., tuple[ort.OrtBackend, Watched]], seed: int, graphs: bool
 ) -> None:
     """Prompts alone and ragged, pieces of prompts, steps of all and of some, rows that move, branches."""
     host = ort.OrtBackend(tiny_engine, Session.open(tiny_engine).spec, LIMITS)
-    device, session = watched()
+    device, session = watched(graphs=graphs)
     draw = np.random.default_rng(seed)
     lengths: list[int] = []
 
@@ -123,7 +126,8 @@ def test_a_device_says_what_the_host_says_whatever_joins_leaves_and_comes_back(
             lengths.append(length)
         if found:
             np.testing.assert_allclose(*found, atol=2e-5)
-    assert {"-1", "1"} <= session.runs.keys()
+    assert ("1" in session.runs) is graphs
+    assert "-1" in session.runs
 
 
 def test_a_graph_sees_one_shape_and_one_address_of_everything(
@@ -182,6 +186,7 @@ def test_what_is_asked_of_the_cuda_provider(tiny_engine: Path, monkeypatch: pyte
     for provider, state in (("cpu", HostState), ("cuda", DeviceState), ("tensorrt", DeviceState)):
         backend = ort.OrtBackend(tiny_engine, spec, Limits(provider=provider))
         assert isinstance(backend._state, state)
+        assert getattr(backend._state, "_graphs", False) is (provider == "cuda")
     assert asked == [("cpu", None), ("cuda", {"enable_cuda_graph": "1"}), ("tensorrt", None)]
 
 
@@ -194,10 +199,10 @@ def test_where_no_graph_can_be_captured_that_is_said_and_other_errors_are_not_hi
         return "without"
 
     monkeypatch.setattr(ort, "open_graph", opened)
-    assert ort._with_cuda_graphs(Path("graph capture"), Limits()) == "without"
+    assert ort._captured(Path("graph capture"), Limits()) == ("without", False)
     assert "without CUDA graphs, so decoding is slower: This session cannot" in capsys.readouterr().err
     with pytest.raises(EngineError, match="the other feature"):
-        ort._with_cuda_graphs(Path("other"), Limits())
+        ort._captured(Path("other"), Limits())
 
 
 def test_onnxruntime_has_what_a_device_is_bound_by() -> None:
@@ -221,12 +226,13 @@ def test_what_brings_cuda_bindings_is_told(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.skipif(
     "CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="this onnxruntime has no CUDA provider"
 )
-def test_the_cuda_provider_says_what_the_processor_says(tiny_engine: Path) -> None:
+def test_the_cuda_provider_says_what_the_processor_says(tiny_engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Prompts, and steps of which the first ones come before a graph is captured and the last ones from it."""
     spec = Session.open(tiny_engine).spec
     backends = [
         ort.OrtBackend(tiny_engine, spec, Limits(max_batch=2, provider=provider)) for provider in ("cpu", "cuda")
     ]
+    assert "without CUDA graphs" not in capsys.readouterr().err
     draw = np.random.default_rng(0)
     prompts = draw.integers(3, 500, (2, 9))
     for backend in backends:

@@ -75,4 +75,6 @@ def _show_compressed(done: Compressed) -> None:
         f"{done.dense.num_parameters / 1e6:.1f} M → {done.spec.num_parameters / 1e6:.1f} M parameters "
         f"({done.kept - 1:+.1%}); held-out bits per byte {bits['dense']:.3f} → {bits['pruned']:.3f}"
     )
+    if done.peak_device_mib is not None:
+        click.echo(f"at most {done.peak_device_mib:.0f} MiB of the GPU's memory in use")
     click.echo(f"wrote {done.path}" if done.path else "dry run: nothing written")
