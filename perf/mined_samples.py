@@ -61,7 +61,8 @@ def as_markdown(rows: Sequence[Mapping[str, Any]], counts: Mapping[str, Any]) ->
     parts = [
         "# Mined tasks",
         "",
-        f"What `flabc data mine {' '.join(counts['sources'])}` made of one environment, step by step:",
+        f"What `flabc data mine {' '.join(counts['sources'])}` made of one environment, step by step (a project that "
+        "gave no task is counted and not named):",
         "",
         f"| step | left |\n| --- | ---: |\n{steps}",
         "",
