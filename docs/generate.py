@@ -108,7 +108,7 @@ def readme() -> str:
     where = (
         f"Measured on {machine['cpu']}, {machine['logical_cores']} cores: prompt {work.prompt_tokens} tokens, "
         f"{work.output_tokens} produced, {len(result.baseline.samples)} runs a side, each engine opened {opened}; "
-        "medians, with the 95 % interval of the ratio."
+        f"{'medians' if result.openings == 1 else 'means of their medians'}, with the 95 % interval of the ratio."
     )
     text = between(text, "results", f"{table.as_markdown(table.rows(result))}\n\n{where}")
     text = between(between(text, "quality", quality()), "parity", parity())

@@ -10,8 +10,7 @@ from pydantic import Field
 from flabc.frozen import Frozen
 from flabc.runtime.measure.result import Roofline, Sample
 
-from .estimates import median
-from .table import interval_text, ratio_of, significant, times
+from .table import interval_text, middle_of, ratio_of, significant, times
 
 HEAD = (
     "| precision | batch | engine | prefill tok/s | decode tok/s | prefill, of dense | decode, of dense "
@@ -112,12 +111,8 @@ PHASES: dict[str, Callable[[Sample], float]] = {"prefill": _prefill, "decode": _
 
 
 def _phase(name: str, of: Callable[[Sample], float], side: PeerSide, peers: Sequence[PeerSide]) -> str:
-    best = min(peers, key=lambda peer: median(_times(peer, of)))
+    best = min(peers, key=lambda peer: middle_of(of, peer.samples))
     return f"{name} {_ratio(best, side, of)} as fast as {best.name}"
-
-
-def _times(side: PeerSide, of: Callable[[Sample], float]) -> list[float]:
-    return [of(sample) for sample in side.samples]
 
 
 def _ratio(slow: PeerSide, fast: PeerSide, of: Callable[[Sample], float]) -> str:
@@ -134,7 +129,7 @@ def _row(result: PeersResult, cell: PeerCell, side: PeerSide) -> str:
         ratios = [_ratio(dense, side, of) if dense and dense is not side else "-" for of in PHASES.values()]
         same = "-" if side.same_tokens is None else f"{side.same_tokens}/{cell.output_tokens}"
         rates = [
-            significant(1000 * cell.batch * tokens / median(_times(side, of)), 3)
+            significant(1000 * cell.batch * tokens / middle_of(of, side.samples), 3)
             for tokens, of in ((cell.prompt_tokens, _prefill), (1, _decode))
         ]
         figures = [*rates, *ratios, _share(result.roofline, side), same]
@@ -146,7 +141,7 @@ def _share(roofline: Roofline, side: PeerSide) -> str:
     if side.bytes_per_token is None:
         return "-"
     least_ms = 1000 * side.bytes_per_token / 2**30 / roofline.bandwidth_gib_s
-    return f"{least_ms / median(_times(side, _decode)):.0%}"
+    return f"{least_ms / middle_of(_decode, side.samples):.0%}"
 
 
 def _failed(cell: PeerCell) -> list[PeerSide]:

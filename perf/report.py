@@ -18,7 +18,19 @@ from flabc.runtime.measure.result import BenchResult, Cell, Energy, Sample, Side
 from . import load_table
 from .estimates import median, percentiles
 from .plots import plots, svg
-from .table import Row, as_markdown, cells, conversion, interval_text, quantity, ratio_of, rows, significant, times
+from .table import (
+    Row,
+    as_markdown,
+    cells,
+    conversion,
+    interval_text,
+    middle_of,
+    quantity,
+    ratio_of,
+    rows,
+    significant,
+    times,
+)
 
 TITLE = "Dense against pruned"
 
@@ -159,7 +171,7 @@ def _cell(cell: Cell, output_tokens: int) -> dict[str, str]:
     }
     for name, (tokens, metric) in phases.items():
         for side, samples in zip(("dense", "pruned"), sides, strict=True):
-            middle = median([metric(sample) for sample in samples])
+            middle = middle_of(metric, samples)
             row[f"{name} tok/s, {side}"] = significant(1000 * cell.batch * tokens / middle, 3)
         ratio, interval = ratio_of(metric, *sides)
         row[f"{name}, times as fast"] = f"{times(ratio)} ({interval_text(interval)})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import floor, log10
+from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any, Literal
 
 from flabc.runtime.measure.result import BenchResult, Cell, Sample, Side
@@ -36,7 +37,7 @@ class Row:
         unit: of ``dense`` and ``pruned``; empty for a bare number.
         dense: the baseline's value.
         pruned: the candidate's value.
-        ratio: ``pruned / dense``; of what is sampled the middle of the openings' ratios, else of the values.
+        ratio: ``pruned / dense``.
         interval: 95 % confidence interval of the ratio; None where the metric is not sampled.
         better: which direction is the good one.
     """
@@ -171,6 +172,16 @@ def ratio_of(
     return ratio_over_openings(*([side[number] for number in sorted(side)] for side in sides))
 
 
+def middle_of(metric: Callable[[Sample], float], samples: Sequence[Sample]) -> float:
+    """The median of an opening; of several the geometric mean of their medians, whose ratios are those of ``ratio_of``.
+
+    Raises:
+        ValueError: if there are no samples.
+    """
+    middles = [median(values) for values in _by_opening(metric, samples).values()]
+    return middles[0] if len(middles) == 1 else geometric_mean(middles)
+
+
 def _by_opening(metric: Callable[[Sample], float], samples: Sequence[Sample]) -> dict[int, list[float]]:
     openings: dict[int, list[float]] = {}
     for sample in samples:
@@ -218,12 +229,12 @@ def _limits(result: BenchResult) -> Iterator[Row]:
 
 def _bandwidth_share(side: Side, bandwidth_gib_s: float) -> float:
     least_ms = 1000 * (side.bytes_per_token or 0) / 2**30 / bandwidth_gib_s
-    return 100 * least_ms / median([sample.tpot_ms for sample in side.samples])
+    return 100 * least_ms / middle_of(lambda sample: sample.tpot_ms, side.samples)
 
 
 def _arithmetic_share(side: Side, gflops: float, prompt_tokens: int) -> float:
     least_ms = side.spec.flops_per_token() * prompt_tokens / gflops / 1e6
-    return 100 * least_ms / median([sample.ttft_ms for sample in side.samples])
+    return 100 * least_ms / middle_of(lambda sample: sample.ttft_ms, side.samples)
 
 
 def conversion(result: BenchResult) -> float | None:
@@ -282,6 +293,6 @@ def _timed(
     pruned: Sequence[Sample],
     better: Better = "lower",
 ) -> Row:
-    before, after = (median([metric(sample) for sample in side]) for side in (dense, pruned))
+    before, after = (middle_of(metric, side) for side in (dense, pruned))
     ratio, interval = ratio_of(metric, pruned, dense)
     return Row(key, label, unit, before, after, ratio, interval, better)
