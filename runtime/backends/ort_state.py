@@ -94,9 +94,7 @@ class HostState:
 
     def move(self, moves: Sequence[tuple[int, int]], used: int) -> None:
         """Copy rows, all at once; what is behind ``used`` is not touched."""
-        to, source = (list(places) for places in zip(*moves, strict=True))
-        for buffer in self._cache.values():
-            buffer[to, :, :used] = buffer[source, :, :used]
+        move_rows(self._cache, moves, used)
 
     def read(self, row: int, length: int) -> dict[str, Array]:
         """A copy of a row's first places, (KV heads, length, head_dim) each."""
@@ -225,6 +223,13 @@ def new_cache(spec: ModelSpec, batch: int, length: int, dtype: npt.DTypeLike) ->
         if shape.has_attention
         for kind in ("key", "value")
     }
+
+
+def move_rows(cache: Mapping[str, Array], moves: Sequence[tuple[int, int]], used: int) -> None:
+    """Copy the first ``used`` places of rows, all at once: moves are (to, from)."""
+    to, source = (list(places) for places in zip(*moves, strict=True))
+    for buffer in cache.values():
+        buffer[to, :, :used] = buffer[source, :, :used]
 
 
 def save_row(cache: Mapping[str, Array], row: int, length: int) -> dict[str, Array]:

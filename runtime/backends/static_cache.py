@@ -21,7 +21,7 @@ from flabc.spec import ModelSpec
 
 from .fixed_cache import FixedCache
 from .ort import check_dtype, open_graph
-from .ort_state import Array, cache_dtype, new_cache, restore_row, save_row
+from .ort_state import Array, cache_dtype, move_rows, new_cache, restore_row, save_row
 
 
 def open_backend(folder: Path, spec: ModelSpec, limits: Limits) -> StaticCacheBackend:
@@ -54,9 +54,7 @@ class StaticCacheBackend(FixedCache):
         return open_graph(self._folder / SCORING_GRAPH, self.limits)
 
     def _move(self, moves: Sequence[tuple[int, int]], used: int) -> None:
-        to, source = (list(places) for places in zip(*moves, strict=True))
-        for buffer in self._cache.values():
-            buffer[to, :, :used] = buffer[source, :, :used]
+        move_rows(self._cache, moves, used)
 
     def save(self, row: int, length: int) -> dict[str, Array]:
         """A copy of the keys and values of a sequence's first tokens, (KV heads, length, head_dim) each."""
