@@ -77,7 +77,6 @@ def bench(
         created=datetime.now(UTC).replace(microsecond=0),
         environment=machine,
         workload=workload,
-        openings=openings,
         baseline=a,
         candidate=b,
         roofline=roofline,

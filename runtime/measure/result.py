@@ -223,9 +223,9 @@ class LoadResult(Frozen):
 class BenchResult(Frozen):
     """Two engines measured side by side. ``flabc.json`` beside it says what made them.
 
-    Both were opened ``openings`` times, at the same time, and the workload's rounds measured in each. ``foreign_cores``
-    has the cores that others kept busy, on average, during each round; ``sweep`` what was measured at other lengths and
-    batches, ``load`` what of requests that come at their own times. ``grid_g_per_kwh`` is what
+    Both were opened several times, beside each other, and the workload's rounds measured in each opening.
+    ``foreign_cores`` has the cores that others kept busy, on average, during each round; ``sweep`` what was measured at
+    other lengths and batches, ``load`` what of requests that come at their own times. ``grid_g_per_kwh`` is what
     somebody said that the machine's electricity costs in CO2.
     """
 
@@ -233,7 +233,6 @@ class BenchResult(Frozen):
     created: datetime
     environment: dict[str, Any]
     workload: Workload
-    openings: int = 1
     baseline: Side
     candidate: Side
     roofline: Roofline | None = None
@@ -241,3 +240,8 @@ class BenchResult(Frozen):
     sweep: tuple[Cell, ...] = ()
     grid_g_per_kwh: float | None = None
     load: LoadResult | None = None
+
+    @property
+    def openings(self) -> int:
+        """How often both engines were opened."""
+        return len({sample.opening for sample in self.baseline.samples})

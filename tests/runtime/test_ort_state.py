@@ -216,6 +216,11 @@ def test_onnxruntime_has_what_a_device_is_bound_by() -> None:
     )
 
 
+def test_onnxruntime_refuses_a_graph_in_the_words_that_are_looked_for() -> None:
+    (library,) = (Path(onnxruntime.__file__).parent / "capi").glob("onnxruntime_pybind11_state*")
+    assert b"cannot use the graph capture feature" in library.read_bytes()
+
+
 def test_what_brings_cuda_bindings_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "cuda.bindings.runtime", None)
     with pytest.raises(MissingExtraError, match=r"flabc\[gpu\]"):
