@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 
 from flabc import api
 from flabc.compress import load, stored
-from flabc.compress.devices import ahead
+from flabc.compress.devices import ahead, beside
 from flabc.compress.location import locate
 from flabc.compress.stored import Stored, spill, stored_in
 from flabc.compress.walk import Walk, dense_variant, without
@@ -115,6 +117,40 @@ def test_what_is_made_ahead_comes_in_order_and_no_more_than_two_are_there() -> N
     assert next(taken_of_two) == 0
     with pytest.raises(ModelError, match="cannot be read"):
         next(taken_of_two)
+
+
+def test_copies_wait_for_what_was_computed_before_and_are_kept_until_computed_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The order of calls, with stand-ins for streams; the streams themselves need a GPU."""
+    done: list[str] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def record_event(self) -> Stream:
+            done.append(f"event on {self.name}")
+            return Stream("event")
+
+        def synchronize(self) -> None:
+            done.append(f"wait for {self.name}")
+
+    class Copied:
+        def record_stream(self, stream: Stream) -> None:
+            done.append(f"kept for {stream.name}")
+
+    def make(_: int) -> Any:
+        done.append("copy")
+        return {"weight": Copied()}
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: Stream("copying"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream("computing"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    copied = beside(make, torch.device("cuda"))(0)
+    assert done == ["event on computing"]  # before another thread begins
+    assert copied().keys() == {"weight"}
+    assert done[1:] == ["wait for event", "copy", "wait for copying", "kept for computing"]
 
 
 @pytest.mark.parametrize("by_itself", [False, True], ids=["when asked for", "ahead"])
