@@ -18,12 +18,10 @@ cannot hold is skipped and says why. ``--model`` measures a real model;
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
-#: Seconds of each unit of a budget.
-UNITS = {"s": 1, "m": 60, "h": 3600}
+from flabc.perf.duration import seconds
 
 
 def main(words: list[str] | None = None) -> None:
@@ -61,14 +59,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-energy", action="store_true", help="do not read the energy counter")
     add("--cpu", action="store_true", help="run where there is no GPU, to see that it works")
     return parser
-
-
-def seconds(text: str) -> float:
-    """A time such as 90s, 10m or 1h."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time; expected a number and s, m or h, e.g. 10m")
-    return float(found[1]) * UNITS[found[2]]
 
 
 def numbers(text: str) -> list[int]:

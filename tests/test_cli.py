@@ -163,6 +163,35 @@ def test_bench_measures_loads(tiny_engine: Path, tiny_dense_engine: Path, tmp_pa
     assert "Under load" in again.stdout
 
 
+def test_a_suite_says_what_is_measured_where_no_option_does(
+    tiny_engine: Path, tiny_dense_engine: Path, tmp_path: Path
+) -> None:
+    lengths, loads = "prompt_tokens: [8, 6]\nbatch: [2]\noutput_tokens: 4\n", "arrival_rate: [50.5]\nrequests: 4\n"
+    (tmp_path / "mine.yaml").write_text(f"{lengths}rounds: 1\nopenings: 2\n{loads}")
+    command = ["bench", tiny_engine, "--baseline", tiny_dense_engine, "--suite", "mine.yaml", "-o", "report"]
+    done = flabc(*command, "--output-tokens", "3", "--budget", "5m", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "report" / "bench.json").read_text())
+    asked = {"prompt_tokens": 8, "batch": 2, "output_tokens": 3, "rounds": 1, "threads": None, "provider": "auto"}
+    assert found["workload"] == asked
+    assert [(cell["prompt_tokens"], cell["batch"]) for cell in found["sweep"]] == [(6, 2)]
+    assert [cell["arrival_rate"] for cell in found["load"]["cells"]] == [50.5]
+    assert found["load"]["plan"]["requests"] == 4
+    assert {sample["opening"] for sample in found["baseline"]["samples"]} == {0, 1}
+
+
+def test_an_unknown_suite_and_a_wrong_budget_are_refused() -> None:
+    done = flabc("bench", "e", "--suite", "completoin")
+    assert done.returncode == 1
+    assert "Did you mean 'completion'" in done.stderr
+    done = flabc("bench", "e", "--budget", "5")
+    assert done.returncode == 2
+    assert "expected a number and s, m or h" in done.stderr
+    done = flabc("bench", "--shape", "llama-2-70b", "--suite", "quick")
+    assert done.returncode == 2
+    assert "--suite says nothing of a shape" in done.stderr
+
+
 @pytest.mark.parametrize("wrong", ["0", "1,x", "", "1,,2", "-1", "inf", "nan"])
 def test_rates_that_are_none_are_refused(wrong: str) -> None:
     done = flabc("bench", "e", "--arrival-rate", wrong)

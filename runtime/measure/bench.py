@@ -5,6 +5,8 @@ Both are opened several times: two processes of one engine need not be equally f
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -36,7 +38,8 @@ def bench(
     sweep: Sequence[Workload] = (),
     load: LoadPlan | None = None,
     *,
-    openings: int = 1,
+    openings: int | None = 1,
+    budget_s: float | None = None,
 ) -> BenchResult:
     """Measure two engines.
 
@@ -47,17 +50,25 @@ def bench(
         prompts: texts long enough for a prompt each; run i of both sides takes the same one, in every opening.
         heldout: texts for perplexity; may be empty.
         sweep: other lengths of prompts and batches, measured behind the first in each opening.
-        load: requests that come at their own times, measured last.
-        openings: how often both are opened, at least once; the workload's rounds are those of each.
+        load: requests that come at their own times, measured first, so that it is known what time is left.
+        openings: how often both are opened, at least once; the workload's rounds are those of each. None for as often
+            as the budget allows.
+        budget_s: engines are not opened once more if that would surely end later than so many seconds from now.
 
     Raises:
         EngineError: if an engine cannot be opened, dies, or does not produce the tokens it should.
     """
+    began, longest = time.monotonic(), 0.0
     machine, works = environment(), (workload, *sweep)
+    loaded = measure_load(candidate, baseline, workload, load, prompts) if load else None
     pairs: list[list[Pair]] = [[] for _ in works]
     found = _Found(), _Found()
-    with progress("measuring", openings * sum(work.rounds for work in works)) as advance:
-        for number in range(openings):
+    total = None if openings is None or budget_s is not None else openings * sum(work.rounds for work in works)
+    with progress("measuring", total) as advance:
+        for number in range(openings or sys.maxsize):
+            opened_at = time.monotonic()
+            if number and budget_s is not None and opened_at + longest > began + budget_s:
+                break
             with _both(baseline, candidate, works, number) as sides:
                 for work, measured in zip(works, pairs, strict=True):
                     warmups = [warm_up(side, prompts[0], work) for side in sides]
@@ -65,7 +76,8 @@ def bench(
                     if work is workload:  # before what needs more memory than this
                         for each, side, count in zip(found, sides, warmups, strict=True):
                             each.opened(side, count)
-                if number == openings - 1:
+                longest = max(longest, time.monotonic() - opened_at)
+                if number == 0:
                     roofline = None if any(side.on_gpu for side in sides) else measure_roofline()
                     energies = [_energy(side, prompts[0], workload) for side in sides]
                     scored = [_scored(side, heldout) for side in sides]
@@ -82,7 +94,7 @@ def bench(
         roofline=roofline,
         foreign_cores=tuple(round(pair.foreign_cores, 3) for pair in pairs[0]),
         sweep=tuple(cells[1:]),
-        load=measure_load(candidate, baseline, workload, load, prompts) if load else None,
+        load=loaded,
     )
 
 

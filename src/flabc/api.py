@@ -47,6 +47,9 @@ __all__ = [
     "read_evaluation",
 ]
 
+#: How often ``bench`` opens engines if nothing is said: as the README's intervals are.
+OPENINGS = 5
+
 
 class Inspection(Frozen):
     """What a model is made of, and what each kind of cut could save.
@@ -295,7 +298,8 @@ def bench(
     workload: Workload | None = None,
     sweep: Sequence[Workload] = (),
     load: LoadPlan | None = None,
-    openings: int = 5,
+    openings: int | None = None,
+    budget_s: float | None = None,
     corpus: str = "python-stdlib",
     grid_g_per_kwh: float | None = None,
     force: bool = False,
@@ -309,7 +313,9 @@ def bench(
         workload: what each run does.
         sweep: other lengths of prompts and batches, measured as well.
         load: clients or arrival rates under which latency and requests per second are measured as well.
-        openings: how often both are opened, at least once; the workload's rounds are those of each.
+        openings: how often both are opened, at least once; the workload's rounds are those of each. None for
+            ``OPENINGS``, or for as often as the budget allows.
+        budget_s: seconds after which engines are not opened once more; the first opening is measured to its end.
         corpus: the text for prompts and perplexity, of which the held-out side is used.
         grid_g_per_kwh: grams of CO2 that the machine's electricity costs a kWh; where energy can be read, the report
             estimates by it what a token costs.
@@ -319,7 +325,7 @@ def bench(
         FlabcError: see ``flabc.errors``.
     """
     artifact.check_free(output, force=force)
-    if openings < 1:
+    if openings is not None and openings < 1:
         raise UsageError("Engines that are not opened cannot be measured.", expected="at least 1", found=str(openings))
     for package in ("matplotlib", "scipy"):
         require(package, "report")
@@ -333,7 +339,10 @@ def bench(
     texts = list(heldout_texts(corpus).values())
     longest = max([workload, *sweep], key=lambda each: each.prompt_tokens)
     prompts = held_out.prompts(corpus, longest.prompt_tokens, workload.rounds)
-    result = measure(Path(engine), Path(baseline), workload, prompts, texts, sweep, load, openings=openings)
+    often = openings if openings is not None or budget_s is not None else OPENINGS
+    result = measure(
+        Path(engine), Path(baseline), workload, prompts, texts, sweep, load, openings=often, budget_s=budget_s
+    )
     result = result.model_copy(update={"grid_g_per_kwh": grid_g_per_kwh})
     with artifact.create(output, "report", force=force) as draft:
         (draft.path / "bench.json").write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")

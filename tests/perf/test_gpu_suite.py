@@ -178,10 +178,3 @@ def test_a_budget_learns_from_what_was_spent() -> None:
     assert (budget.left_s, budget.expected_s(10)) == (70, 30)
     budget.spend(80)
     assert budget.left_s == 0
-
-
-@pytest.mark.parametrize(("text", "expected"), [("90s", 90), ("10m", 600), ("1.5h", 5400)])
-def test_times_are_read(text: str, expected: float) -> None:
-    assert gpu_suite.seconds(text) == expected
-    with pytest.raises(Exception, match="is no time"):
-        gpu_suite.seconds("10")

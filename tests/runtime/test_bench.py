@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from pydantic import ValidationError
 
 from flabc.errors import EngineError
 from flabc.runtime.measure import bench, process
-from flabc.runtime.measure.result import Sample, Workload
+from flabc.runtime.measure.result import Energy, Sample, Workload
 from flabc.runtime.measure.worker import Worker
 from flabc.runtime.sampling import SamplingParams
 
@@ -66,6 +67,29 @@ def test_both_are_opened_several_times_and_neither_is_always_first(
         assert [sample.opening for sample in samples] == [0, 0, 1, 1, 2, 2]
     assert (result.openings, len(result.foreign_cores)) == (3, 3)
     assert result.baseline.perplexity is not None
+
+
+def test_a_budget_ends_openings_before_one_that_would_not_fit(
+    tiny_engine: Path, tiny_dense_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+
+    def warm_up(*_: object) -> int:
+        now[0] += 5  # of each side, so that an opening takes ten seconds
+        return 1
+
+    def energy(*_: object) -> Energy:
+        now[0] += 3  # of each side, once
+        return Energy(missing="not asked")
+
+    monkeypatch.setattr(bench, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(bench, "warm_up", warm_up)
+    monkeypatch.setattr(bench, "_energy", energy)
+    for budget_s, most, expected in ((36, None, 3), (35.9, None, 2), (36, 2, 2), (1, None, 1)):
+        now[0] = 0
+        result = bench.bench(tiny_engine, tiny_dense_engine, SMALL, [TEXT], [], openings=most, budget_s=budget_s)
+        assert result.openings == expected
+        assert result.candidate.energy == Energy(missing="not asked")
 
 
 def test_a_sweep_measures_every_cell_in_turns(

@@ -10,16 +10,31 @@ from click.core import ParameterSource
 
 from flabc.errors import UsageError
 
-from .parameters import AT_LEAST_ONE, CORPUS, FORCE, RATES, Numbers, emit, json_option
+from .parameters import AT_LEAST_ONE, CORPUS, FORCE, RATES, Duration, Numbers, emit, json_option
 
 if TYPE_CHECKING:
     from flabc.runtime.measure.shape_result import ShapeResult
+
+
+def _of_suite(context: click.Context, _: click.Parameter, name: str | None) -> None:
+    """Let a suite say what holds where no option does."""
+    if name is not None:
+        from flabc.perf import suite
+
+        context.default_map = suite.load(name).options()
 
 
 @click.command()
 @click.argument("engine", required=False)
 @click.option("--baseline", type=click.Path(), help="The engine to compare with.")
 @click.option("-o", "--output", type=click.Path(), help="The report folder to write.")
+@click.option(
+    "--suite",
+    callback=_of_suite,
+    is_eager=True,
+    expose_value=False,
+    help="What to measure, by purpose: a name below or a YAML file. Options beside it win.",
+)
 @click.option(
     "--prompt-tokens",
     type=Numbers(),
@@ -34,10 +49,10 @@ if TYPE_CHECKING:
 @click.option(
     "--openings",
     type=AT_LEAST_ONE,
-    default=5,
-    show_default=True,
-    help="How often both engines are opened: two processes of one engine need not be equally fast.",
+    help="How often both engines are opened: two processes of one engine need not be equally fast.  [default: 5, or as "
+    "often as --budget allows]",
 )
+@click.option("--budget", type=Duration(), help="Do not open them once more if it would end later than this, e.g. 5m.")
 @click.option(
     "--rounds",
     type=AT_LEAST_ONE,
@@ -79,7 +94,8 @@ def bench(
     arrival_rate: Sequence[float] | None,
     requests: int,
     max_batch: int,
-    openings: int,
+    openings: int | None,
+    budget: float | None,
     grid_intensity: float | None,
     shape: str | None,
     cut: str | None,
@@ -90,7 +106,8 @@ def bench(
 ) -> None:
     """Measure ENGINE beside a baseline and write a report.
 
-    Several lengths or batches are a sweep: the first of each is measured in full, then every combination.
+    Several lengths or batches are a sweep: the first of each is measured in full, then every combination. A suite
+    stands for a purpose: completion, chat, serving, or quick, to see whether anything is faster at all.
 
     With --concurrency and --arrival-rate requests come while others run, over the scheduler that serves: end-to-end
     latency and requests per second, for clients that ask again as soon as they are answered, and for requests that
@@ -101,6 +118,7 @@ def bench(
 
     \b
     flabc bench engine --baseline dense-engine -o report
+    flabc bench engine --baseline dense-engine --suite completion --budget 10m -o completion
     flabc bench engine --baseline dense-engine --batch 1,4,16 --prompt-tokens 128,1024 -o sweep
     flabc bench engine --baseline dense-engine --concurrency 1,4,16 --arrival-rate 0.5,1,2 -o load
     flabc bench --shape llama-2-70b --cut 0.3 --rounds 1
@@ -118,7 +136,7 @@ def bench(
                 "--shape stands alone: with --cut, one length, one batch, no load, and no ENGINE or --baseline."
             )
         given = click.get_current_context().get_parameter_source
-        for option in ("provider", "corpus", "grid_intensity", "requests", "max_batch", "openings"):
+        for option in ("provider", "corpus", "grid_intensity", "requests", "max_batch", "openings", "budget", "suite"):
             if given(option) is ParameterSource.COMMANDLINE:
                 raise UsageError(f"--{option.replace('_', '-')} says nothing of a shape.", fix="Leave it away.")
         measured = api.bench_shape(shape, cut or "0.22", workload=first, output=output, force=force)
@@ -133,6 +151,7 @@ def bench(
         sweep=sweep,
         load=LoadPlan(requests=requests, max_batch=max_batch, **loads) if loaded else None,
         openings=openings,
+        budget_s=budget,
         corpus=corpus,
         grid_g_per_kwh=grid_intensity,
         force=force,

@@ -53,21 +53,38 @@ class Size(click.ParamType[int]):
             self.fail(f"{value!r} is no size; expected a number and a unit, e.g. 6GiB or 500MB.", param, ctx)
 
 
+class Duration(click.ParamType[float]):
+    """Seconds, as ``90s``, ``10m`` or ``1h``."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Read it, or say how it is written."""
+        from flabc.perf.duration import seconds
+
+        try:
+            return seconds(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 class Numbers(click.ParamType[tuple[int, ...]]):
-    """Whole numbers from one on, apart by commas, as ``1,8``."""
+    """Whole numbers from one on, apart by commas, as ``1,8``, or a list of them out of a file."""
 
     name = "numbers"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         """Read them, or say how they are written."""
-        parts = str(value).split(",")
+        if not isinstance(value, str):
+            return tuple(value)
+        parts = value.split(",")
         if not all(part.strip().isdecimal() and int(part) for part in parts):
             self.fail(f"{value!r}: expected whole numbers from 1 on, apart by commas, e.g. 1,8.", param, ctx)
         return tuple(int(part) for part in parts)
 
 
 class Reals(click.ParamType[tuple[float, ...]]):
-    """Numbers above 0, apart by commas, or ``FROM:TO:STEP``, both ends meant.
+    """Numbers above 0, apart by commas, or ``FROM:TO:STEP``, both ends meant; or a list of them out of a file.
 
     Args:
         below: they are smaller than this.
@@ -81,12 +98,14 @@ class Reals(click.ParamType[tuple[float, ...]]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
         """Read them, or say how they are written."""
+        if not isinstance(value, str):
+            return tuple(value)
         try:
-            if ":" in str(value):
-                first, last, step = (Decimal(part) for part in str(value).split(":"))
+            if ":" in value:
+                first, last, step = (Decimal(part) for part in value.split(":"))
                 found = tuple(float(first + step * n) for n in range(int((last - first) / step) + 1))
             else:
-                found = tuple(float(part) for part in str(value).split(","))
+                found = tuple(float(part) for part in value.split(","))
         except (ArithmeticError, ValueError):
             found = ()
         if not found or not all(0 < each < self.below for each in found):
