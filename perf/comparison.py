@@ -137,7 +137,7 @@ def _perplexity(target: Sequence[Record], baseline: Sequence[Record] | None) -> 
     tokens = _column(baseline or target, names, "tokens")
     label = "perplexity per token" + (" of the baseline" if baseline else "")
     return [
-        _ratio_row(label, "nats", ours, theirs, tokens, exp),
+        _ratio_row(label, "ppl", ours, theirs, tokens, exp),
         _ratio_row("bits per byte", "bits", ours, theirs, _column(target, names, "bytes"), lambda nats: nats / log(2)),
     ]
 

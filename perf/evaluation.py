@@ -21,7 +21,7 @@ RESULT, HTML, MARKDOWN = "eval.json", "report.html", "report.md"
 NONE = "-"
 
 #: Metrics without a unit are shares.
-_FORMATS = {"": "{:.1f} %", "nats": "{:.4f}", "bits": "{:.4f}"}
+_FORMATS = {"": "{:.1f} %", "ppl": "{:.4f}", "nats": "{:.4f}", "bits": "{:.4f}"}
 
 
 class EvalSide(Frozen):

@@ -71,13 +71,14 @@ class Timed(Frozen):
         return sum(map(len, self.openings))
 
 
-def timed(openings: Iterator[Opening], gates: Gates, clock: Callable[[], float]) -> Timed:
+def timed(openings: Iterator[Opening], gates: Gates, clock: Callable[[], float], unit: str = "ms") -> Timed:
     """Open engines again and again until every speed is decided or the time is up.
 
     Args:
         openings: measured as they are asked for.
         gates: limits, error and time.
         clock: seconds.
+        unit: of the samples' times; a baseline's are multiples of the least that is possible.
     """
     began, kept, disturbed = clock(), list[Opening](), 0
     checks: dict[str, Check] = {}
@@ -89,7 +90,7 @@ def timed(openings: Iterator[Opening], gates: Gates, clock: Callable[[], float])
             continue
         kept.append(quiet)
         if len(kept) in LOOKS:
-            checks = judged(kept, gates)
+            checks = judged(kept, gates, unit)
             if all(check.outcome != "undecided" for check in checks.values()):
                 break
     if not checks:
@@ -104,12 +105,12 @@ def undisturbed(opening: Opening, gates: Gates) -> Opening:
     return tuple(pair for pair in opening if pair.foreign_cores <= gates.max_foreign_cores)
 
 
-def judged(openings: Sequence[Opening], gates: Gates) -> dict[str, Check]:
+def judged(openings: Sequence[Opening], gates: Gates, unit: str = "ms") -> dict[str, Check]:
     """What openings say of every speed at one look."""
     alpha = share(gates.alpha)
     effects = {name: effect(log_ratios(openings, name), 1 + rise, alpha=alpha) for name, rise in gates.speed.items()}
     outcomes = decide(effects, alpha=alpha)
-    return {name: _speed(name, outcomes[name], found, openings) for name, found in effects.items()}
+    return {name: _speed(name, outcomes[name], found, openings, unit) for name, found in effects.items()}
 
 
 def log_ratios(openings: Sequence[Opening], metric: str) -> list[float]:
@@ -121,7 +122,7 @@ def log_ratios(openings: Sequence[Opening], metric: str) -> list[float]:
     ]
 
 
-def _speed(name: str, outcome: Outcome, found: Effect, openings: Sequence[Opening]) -> Check:
+def _speed(name: str, outcome: Outcome, found: Effect, openings: Sequence[Opening], unit: str) -> Check:
     of = SPEEDS[name]
     pairs = list(chain.from_iterable(openings))
     sides = [median(of(run) for pair in pairs for run in side(pair)) for side in (_candidate, _baseline)]
@@ -131,7 +132,7 @@ def _speed(name: str, outcome: Outcome, found: Effect, openings: Sequence[Openin
         outcome=outcome,
         value=sides[0],
         baseline=sides[1],
-        unit="ms",
+        unit=unit,
         ratio=found.ratio,
         interval=found.interval,
         limit=found.limit,

@@ -220,8 +220,8 @@ def _flat(facts: Mapping[str, Any]) -> dict[str, str]:
     for name, value in facts.items():
         if isinstance(value, Mapping):
             flat |= {f"{name} {inner}": text for inner, text in _flat(value).items()}
-        else:
-            flat[name] = str(value)
+        elif value is not None:  # what the system does not tell
+            flat[name] = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     return {name.replace("_", " "): value for name, value in flat.items()}
 
 

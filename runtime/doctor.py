@@ -13,7 +13,7 @@ from typing import Any, Literal
 import psutil
 
 from flabc.frozen import Frozen
-from flabc.runtime.measure.environment import cpu_name
+from flabc.runtime.measure.environment import cpu_features, cpu_name
 
 from . import huge_pages
 
@@ -30,9 +30,6 @@ EXTRAS = {
     "gpu": ("onnxruntime-gpu", "nvidia-ml-py", "cuda-bindings"),
     "tensorrt": ("tensorrt", "polygraphy", "cuda-bindings"),
 }
-
-#: Processor features that decide how fast matrices are multiplied, as Linux names them.
-CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
 #: The version of NVIDIA's kernel driver, where there is one.
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -97,9 +94,7 @@ def _python() -> Finding:
 
 
 def _processor() -> Finding:
-    info = Path("/proc/cpuinfo")
-    flags = set(info.read_text(encoding="utf-8").split()) if info.is_file() else set[str]()
-    features = ", ".join(feature for feature in CPU_FEATURES if feature in flags) or "no known features"
+    features = ", ".join(cpu_features()) or "no known features"
     return Finding(name="processor", status="ok", detail=f"{cpu_name()}, {psutil.cpu_count()} cores, {features}")
 
 

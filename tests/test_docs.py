@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -87,6 +88,7 @@ def test_the_readme_runs(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{block}\n{done.stderr}"
     _check_the_promise(tmp_path)
     _hold_the_demo_to_its_gates(tmp_path, environment)
+    _hold_the_engine_to_its_baseline(tmp_path, environment)
 
 
 def test_the_readme_serves(tiny_engine: Path, tmp_path: Path) -> None:
@@ -155,6 +157,20 @@ def _hold_the_demo_to_its_gates(folder: Path, environment: dict[str, str]) -> No
     checks = json.loads((folder / "verdict" / "gate.json").read_text(encoding="utf-8"))["checks"]
     assert {check["kind"] for check in checks} == {"speed", "size", "quality", "parity"}
     assert all(check["outcome"] == "pass" for check in checks if check["kind"] in ("size", "parity")), done.stdout
+
+
+def _hold_the_engine_to_its_baseline(folder: Path, environment: Mapping[str, str]) -> None:
+    """The dense demo engine beside what it was on this class of machine, if it was ever measured on one."""
+    perf = ROOT / "perf"
+    command = ["flabc", "gate", "run", "--candidate", "dense-engine", "--gates", str(perf / "baseline.yaml"), "--json"]
+    command += ["--against", str(perf / "baseline")]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    if "no baseline of this class of machine" in done.stderr:
+        assert done.returncode == 3
+        return
+    assert done.returncode in (0, 3), done.stdout + done.stderr
+    checks = json.loads(done.stdout)["checks"]
+    assert all(check["outcome"] == "pass" for check in checks if check["kind"] != "speed"), done.stdout
 
 
 def _check_the_promise(folder: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +20,7 @@ from flabc import api, gating
 from flabc.cli import cli
 from flabc.errors import ArtifactError, EngineError, FlabcError, UsageError
 from flabc.perf.gates import Gates, QualityGate
-from flabc.runtime.measure import stored
+from flabc.runtime.measure import environment, stored
 from flabc.runtime.measure.foreign import ForeignLoad
 from flabc.runtime.measure.pairs import Pair, measured_openings
 from flabc.runtime.measure.process import Process
@@ -100,6 +102,10 @@ def test_a_baseline_of_another_day(tiny_dense_engine: Path, config: Path, tmp_pa
     assert all(run.ttft_ms > 1 for run in runs)  # nothing is faster than the roofline
     same = gating.run(tiny_dense_engine, file, config=wide)
     assert same.verdict == "pass"
+    assert {check.metric: check.unit for check in same.checks if check.kind == "speed"} == {
+        "tpot_ms": "x roofline",
+        "ttft_ms": "x roofline",
+    }
     (first, *_), *_ = made.openings
     faster = tuple(run.model_copy(update={"token_ms": tuple(token / 1000 for token in run.token_ms)}) for run in first)
     file.write_text(made.model_copy(update={"openings": ((faster,),)}).model_dump_json())
@@ -107,8 +113,39 @@ def test_a_baseline_of_another_day(tiny_dense_engine: Path, config: Path, tmp_pa
     assert outcomes == {"parity": "pass", "bytes_on_disk": "pass", "tpot_ms": "fail", "ttft_ms": "pass"}
     elsewhere = made.model_copy(update={"environment": {**made.environment, "cpu": "another"}})
     file.write_text(elsewhere.model_dump_json())
-    with pytest.raises(EngineError, match="measured on another processor"):
+    with pytest.raises(EngineError, match="measured on another class of machine"):
         gating.run(tiny_dense_engine, file, config=wide)
+    file.write_text(made.model_copy(update={"schema_version": 1}).model_dump_json())
+    with pytest.raises(ArtifactError, match=r"another version\. Expected: schema_version 3\. Found: 1"):
+        gating.run(tiny_dense_engine, file, config=wide)
+
+
+@pytest.mark.usefixtures("few_openings")
+def test_a_folder_has_a_baseline_for_each_class_of_machine(
+    tiny_dense_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, few = tmp_path / "baseline", Gates.model_validate({**CONFIG, "speed": {"tpot_ms": 20.0}})
+    folder.mkdir()
+    made = gating.baseline(tiny_dense_engine, folder, config=few)
+    (own,) = folder.iterdir()
+    assert own.suffix == ".json"
+    assert f"-{os.cpu_count()}-cores-" in own.name
+    assert Baseline.read(folder) == made
+    # One name stands for several generations of processors: what they can do has to be the same.
+    monkeypatch.setattr(environment, "cpu_features", lambda: ["sve"])
+    with pytest.raises(EngineError, match=r"no baseline of this class of machine\. Expected: .*, sve") as told:
+        gating.run(tiny_dense_engine, folder, config=few)
+    assert made.machine_class in str(told.value)
+    other = made.model_copy(update={"environment": {**made.environment, "cpu_features": ["sve"]}})
+    (folder / "a.json").write_text(other.model_dump_json())
+    assert Baseline.read(folder) == other
+
+
+def test_a_folder_without_a_manifest_is_a_broken_engine(tiny_dense_engine: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_dense_engine, tmp_path / "engine")
+    (tmp_path / "engine" / "flabc.json").unlink()
+    with pytest.raises(ArtifactError, match="not a flabc artifact"):
+        gating.run(tiny_dense_engine, tmp_path / "engine", config=Gates.model_validate(CONFIG))
 
 
 def test_quality_is_compared_with_the_other_engine(tiny_engine: Path, tiny_dense_engine: Path, tmp_path: Path) -> None:

@@ -6,8 +6,6 @@ Roofline: Williams, Waterman, Patterson (2009), as in ``roofline.py``, which mea
 from __future__ import annotations
 
 import gc
-import shutil
-import subprocess
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -25,19 +23,6 @@ SIDE = {"cuda": 8192, "cpu": 1024}
 
 #: Measurements, of which the best counts: it is a limit that is looked for.
 REPEATS = 5
-
-#: What ``nvidia-smi --query-gpu`` is asked.
-ASKED = (
-    "name",
-    "driver_version",
-    "clocks.sm",
-    "clocks.mem",
-    "clocks.max.sm",
-    "clocks.max.mem",
-    "power.limit",
-    "temperature.gpu",
-    "mig.mode.current",
-)
 
 
 class Clock(Protocol):
@@ -140,7 +125,7 @@ def _best_s(device: torch.device, work: Callable[[], object]) -> float:
 
 
 def device_environment(device: torch.device) -> dict[str, Any]:
-    """The machine, and the GPU with its driver, clocks and limits at this moment."""
+    """The machine, and what torch says of the device."""
     found: dict[str, Any] = environment()
     if device.type != "cuda":
         return found | {"threads": torch.get_num_threads()}
@@ -154,16 +139,4 @@ def device_environment(device: torch.device) -> dict[str, Any]:
         "gpu_multiprocessors": about.multi_processor_count,
         "cuda": version.cuda,
         "cudnn": cudnn.version(),
-        "nvidia_smi": _nvidia_smi(),
     }
-
-
-def _nvidia_smi() -> dict[str, str] | str:
-    """What the driver's own tool says of the first GPU, or why it says nothing."""
-    if shutil.which("nvidia-smi") is None:
-        return "there is no nvidia-smi"
-    command = ["nvidia-smi", f"--query-gpu={','.join(ASKED)}", "--format=csv,noheader", "--id=0"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return (done.stdout + done.stderr).strip()
-    return dict(zip(ASKED, (part.strip() for part in done.stdout.split(",")), strict=False))

@@ -20,17 +20,20 @@ from flabc.errors import ArtifactError, EngineError
 from flabc.frozen import Frozen
 from flabc.spec import ModelSpec
 
-from .environment import environment
+from .environment import environment, machine_class
 from .foreign import ForeignLoad
 from .pairs import Opening, Pair, for_as_long
 from .process import Process, opened, warm_up
 from .result import Roofline, Sample, Workload
 from .roofline import bytes_per_token, measure_roofline
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 #: So many openings are tried for each that is wanted, since what is measured beside others' work does not count.
 PATIENCE = 4
+
+#: What to do where there is no baseline to compare with.
+MAKE_ONE = "Make one with flabc gate baseline ENGINE, on the machine that is to judge, or compare two engines."
 
 #: Two runs on one prompt, one after the other.
 Twice = tuple[Sample, Sample]
@@ -57,17 +60,44 @@ class Baseline(Frozen):
 
     @classmethod
     def read(cls, file: Path) -> Baseline:
-        """Read a baseline's file.
+        """Read a baseline's file, or out of a folder of them the one of this class of machine.
 
         Raises:
-            ArtifactError: if it is none.
+            ArtifactError: if it is none, or of another version.
+            EngineError: if the folder has none of this class.
         """
+        if file.is_dir():
+            return cls._of_this_class(file)
         try:
-            return cls.model_validate_json(file.read_text(encoding="utf-8"))
+            found = cls.model_validate_json(file.read_text(encoding="utf-8"))
         except (OSError, ValidationError) as error:
+            raise ArtifactError(f"{file} is no baseline: {error}", fix=MAKE_ONE) from error
+        if found.schema_version != SCHEMA_VERSION:
             raise ArtifactError(
-                f"{file} is no baseline: {error}", fix="Make one with flabc gate baseline ENGINE."
-            ) from error
+                f"{file} is a baseline of another version.",
+                expected=f"schema_version {SCHEMA_VERSION}",
+                found=str(found.schema_version),
+                fix=MAKE_ONE,
+            )
+        return found
+
+    @classmethod
+    def _of_this_class(cls, folder: Path) -> Baseline:
+        found = [cls.read(file) for file in sorted(folder.glob("*.json"))]
+        here = machine_class(environment())
+        if of_here := [each for each in found if each.machine_class == here]:
+            return of_here[0]
+        raise EngineError(
+            f"{folder} has no baseline of this class of machine.",
+            expected=here,
+            found="; ".join(sorted(each.machine_class for each in found)) or "no baseline",
+            fix=MAKE_ONE,
+        )
+
+    @property
+    def machine_class(self) -> str:
+        """What a machine has to be to be compared with it."""
+        return machine_class(self.environment)
 
 
 def multiples(sample: Sample, roofline: Roofline, spec: ModelSpec, prompt_tokens: int, weights: int) -> Sample:
@@ -89,16 +119,13 @@ def stored_openings(candidate: Path, baseline: Baseline, prompts: Sequence[str])
     """Open an engine again and again, and pair its runs with the baseline's, both as multiples of their rooflines.
 
     Raises:
-        EngineError: if the engine cannot be opened or run or runs on a GPU, or the baseline comes from another
-            processor.
+        EngineError: if the engine cannot be opened or run or runs on a GPU, or the baseline comes from another class
+            of machine.
     """
-    here, there = environment()["cpu"], baseline.environment["cpu"]
+    here, there = machine_class(environment()), baseline.machine_class
     if here != there:
         raise EngineError(
-            "The baseline was measured on another processor.",
-            expected=there,
-            found=here,
-            fix="Make one for this class of machine, or compare two engines.",
+            "The baseline was measured on another class of machine.", expected=there, found=here, fix=MAKE_ONE
         )
     # The one has no end, and so has the other.
     for runs, before in zip(_openings(candidate, baseline.workload, prompts), cycle(baseline.openings), strict=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from flabc.perf.gates import Gates, QualityGate
 from flabc.perf.sequential import LOOKS, Outcome
 from flabc.runtime.evaluate.task import KL, EvalOptions
 from flabc.runtime.evaluate.task import check as check_task
-from flabc.runtime.measure.environment import environment
+from flabc.runtime.measure.environment import environment, machine_class
 from flabc.runtime.measure.pairs import Opening, measured_openings
 from flabc.runtime.measure.result import Workload
 from flabc.runtime.measure.stored import (
@@ -77,7 +78,8 @@ def run(
 
     Args:
         candidate: the engine's folder.
-        against: another engine's folder, measured now in turns; or a baseline's JSON.
+        against: another engine's folder, measured now in turns; or a baseline's JSON, or a folder that has one for
+            each class of machine.
         config: a gates file, or its content.
         output: the folder for ``gate.json``, ``junit.xml``, ``summary.md`` and ``benchmark.json``.
         corpus: the text for prompts, of which the held-out side is used.
@@ -93,7 +95,7 @@ def run(
         artifact.check_free(output, force=force)
     asked = config if isinstance(config, Gates) else gates.load(Path(config))
     engine, other = Path(candidate), Path(against)
-    stored = Baseline.read(other) if other.suffix == ".json" else None
+    stored = _stored(other)
     for task, wanted in asked.quality.items():
         options = _options(task, wanted, allow_code_execution)
         check_task(options)
@@ -165,13 +167,20 @@ def baseline(
 ) -> Baseline:
     """Measure an engine for later, and write the file to commit.
 
+    Args:
+        engine: its folder.
+        output: the file, or a folder that is there; the file is then named after the class of machine.
+        config: a gates file, or its content.
+        corpus: the text for prompts, of which the held-out side is used.
+        force: replace a file that is there.
+
     Raises:
-        ArtifactError: if ``output`` is there and ``force`` is not given.
+        ArtifactError: if the file is there and ``force`` is not given.
         FlabcError: see ``flabc.errors``.
     """
     out = Path(output)
     if out.is_dir():
-        raise ArtifactError(f"{out} is a folder.", expected="the name of a JSON file")
+        out /= f"{re.sub('[^a-z0-9]+', '-', machine_class(environment()).lower())}.json"
     if out.exists() and not force:
         raise ArtifactError(f"{out} exists.", fix="Choose another name, or pass --force to replace it.")
     asked = config if isinstance(config, Gates) else gates.load(Path(config))
@@ -189,6 +198,12 @@ def prompts(corpus: str, workload: Workload) -> list[str]:
     return held_out.prompts(corpus, workload.prompt_tokens, workload.rounds)
 
 
+def _stored(against: Path) -> Baseline | None:
+    """A baseline's file, or a folder of nothing but such; None for what is an engine, or should be."""
+    files = list(against.iterdir()) if against.is_dir() else [against]
+    return Baseline.read(against) if files and all(file.suffix == ".json" for file in files) else None
+
+
 def _openings(engine: Path, against: Path | Baseline, asked: Gates, corpus: str) -> Iterator[Opening]:
     if isinstance(against, Baseline):
         return stored_openings(engine, against, prompts(corpus, against.workload))
@@ -198,7 +213,8 @@ def _openings(engine: Path, against: Path | Baseline, asked: Gates, corpus: str)
 def _speeds(engine: Path, against: Path | Baseline, asked: Gates, corpus: str) -> Timed:
     if not asked.speed:
         return Timed(checks=(), openings=())
-    return gate.timed(_openings(engine, against, asked, corpus), asked, time.monotonic)
+    unit = "x roofline" if isinstance(against, Baseline) else "ms"
+    return gate.timed(_openings(engine, against, asked, corpus), asked, time.monotonic, unit)
 
 
 def _sizes(engine: Path, against: Path | Baseline, asked: Gates) -> list[Check]:

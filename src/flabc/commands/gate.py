@@ -45,7 +45,8 @@ def gate() -> None:
     "--against",
     required=True,
     type=click.Path(path_type=Path),
-    help="An engine, measured now in turns; or a baseline's JSON, compared by what the machine could do.",
+    help="An engine, measured now in turns; or a baseline's JSON, compared by what the machine could do, or a folder "
+    "with one for each class of machine.",
 )
 @GATES
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for JSON, JUnit XML and Markdown.")
@@ -73,7 +74,7 @@ def run(
 
     \b
     flabc gate run --candidate engine --against main-engine --gates gates.yaml -o verdict
-    flabc gate run --candidate engine --against perf/baseline/engine.json --gates gates.yaml
+    flabc gate run --candidate engine --against perf/baseline --gates gates.yaml
     """
     from flabc import gating
 
@@ -114,7 +115,9 @@ def noise(context: click.Context, engine: Path, config: Path, corpus: str, as_js
 @gate.command()
 @click.argument("engine", type=click.Path(path_type=Path))
 @GATES
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The JSON file to commit.")
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="The JSON file to commit, or its folder."
+)
 @CORPUS
 @FORCE
 @json_option
@@ -123,12 +126,13 @@ def baseline(engine: Path, config: Path, output: Path, corpus: str, force: bool,
 
     \b
     flabc gate baseline engine --gates gates.yaml -o perf/baseline/engine.json
+    flabc gate baseline engine --gates gates.yaml -o perf/baseline
     """
     from flabc import gating
 
     with _no_verdict():
         made = gating.baseline(engine, output, config=config, corpus=corpus, force=force)
-    emit(as_json, made, lambda: click.echo(f"{output}: {len(made.openings)} openings on {made.environment['cpu']}"))
+    emit(as_json, made, lambda: click.echo(f"{output}: {len(made.openings)} openings on {made.machine_class}"))
 
 
 @contextmanager
