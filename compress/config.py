@@ -202,6 +202,8 @@ class Recovery(Frozen):
             all weights after a teacher (Hinton et al., 2015).
         kl_weight: the share of the KL to the teacher in the loss; the rest is the cross-entropy. By default 1 for
             distill, 0.5 for others with a teacher, 0 without.
+        hidden_weight: what is added to the loss of how far the states behind each layer are from the teacher's, as a
+            share of their square (Jiao et al., TinyBERT, 2020; Muralidharan et al., Minitron, 2024).
         epochs: how often every example is seen.
         max_steps: optimiser steps at most.
         learning_rate: at its peak; it rises over ``warmup`` of the steps and falls along a cosine.
@@ -223,6 +225,7 @@ class Recovery(Frozen):
 
     method: Literal["lora", "full", "distill"] = "lora"
     kl_weight: float | None = Field(None, ge=0, le=1)
+    hidden_weight: float = Field(0.0, ge=0)
     epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, gt=0)
     learning_rate: float = Field(2e-4, gt=0)
@@ -257,6 +260,9 @@ class RecoverConfig(Amount):
     )
     kl_weight: float | None = Field(
         None, ge=0, le=1, description="The dense model's share of the loss: by default 1 for distill, else 0.5."
+    )
+    hidden_weight: float = Field(
+        0.0, ge=0, description="What is added of how far hidden states are from the dense model's, as a share."
     )
     sequences: int = Field(512, gt=9, description="Pieces drawn from the text; one in ten of them is watched.")
     max_length: int = Field(512, gt=1, description="Tokens of each at most.")

@@ -1,9 +1,10 @@
 """Recovery: a cut model is trained, by transformers' Trainer, with adapters of peft or in all its weights.
 
-The loss is the mean over the tokens that are learnt of ``(1 - w) * CE + w * KL(teacher || student)``. A teacher with a
-larger vocabulary is cut to the student's tokens first (``vocab_map.json`` says which): its distribution is over these.
+The loss is the mean over the tokens that are learnt of ``(1 - w) * CE + w * KL(teacher || student) + h * D``; D is how
+far hidden states are from the teacher's. A teacher with a larger vocabulary is cut to the student's tokens first
+(``vocab_map.json`` says which): its distribution is over these.
 
-Letters in shape comments: B sequences, T tokens of each, V the student's vocabulary.
+Letters in shape comments: B sequences, T tokens of each, V the student's vocabulary, D hidden_size.
 """
 
 from __future__ import annotations
@@ -42,12 +43,46 @@ _WATCHED = "eval_loss"
 
 @dataclass(frozen=True)
 class Losses:
-    """Means over tokens, in nats; ``kl`` is None without a teacher."""
+    """Means over tokens: nats, ``hidden`` a share.
+
+    Args:
+        loss: what is trained on.
+        ce: cross-entropy.
+        kl: to the teacher; None without one.
+        hidden: how far hidden states are from the teacher's; None where that does not count.
+        tokens: how many.
+    """
 
     loss: float
     ce: float
     kl: float | None
+    hidden: float | None
     tokens: int
+
+    def named(self) -> dict[str, float | None]:
+        """The means by name."""
+        return {"loss": self.loss, "ce": self.ce, "kl": self.kl, "hidden": self.hidden}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Who is followed.
+
+    Args:
+        model: a causal model of transformers that speaks in the student's ids.
+        layers: which of its layers stands for each of the student's: a state behind the one is compared with that
+            behind the other.
+    """
+
+    model: Any
+    layers: Sequence[int]
+
+    @torch.no_grad()
+    def says(self, inputs: Mapping[str, Tensor], *, hidden: bool) -> tuple[Tensor, list[Tensor]]:
+        """Log-probabilities of the next token, (B, T, V), and if asked the states behind the layers, (B, T, D) each."""
+        said = self.model(**inputs, use_cache=False, output_hidden_states=hidden)
+        states = [said.hidden_states[layer + 1] for layer in self.layers] if hidden else []
+        return functional.log_softmax(said.logits.float(), dim=-1), states
 
 
 @dataclass(frozen=True)
@@ -104,53 +139,83 @@ def token_losses(logits: Tensor, labels: Tensor, teacher: Tensor | None) -> tupl
     return ce, kl, int(wanted.sum())
 
 
+def hidden_distance(states: Sequence[Tensor], teachers: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """The squared distance of hidden states, as a share of the teacher's square, mean over layers.
+
+    A share, since a few tokens have states that are a thousand times larger than the others'.
+
+    Args:
+        states: the student's, behind each layer, (B, T, D) each.
+        teachers: the teacher's.
+        labels: ids or ``IGNORED``, (B, T); a state counts if the token that it predicts is learnt.
+
+    Returns:
+        the sum over the tokens that are learnt.
+    """
+    wanted = labels[:, 1:] != IGNORED  # (B, T - 1)
+    found = []
+    for mine, theirs in zip(states, teachers, strict=True):
+        a, b = mine[:, :-1][wanted].float(), theirs[:, :-1][wanted].float()  # (learnt, D)
+        found.append(((a - b).square().sum(-1) / b.square().sum(-1)).sum())
+    return torch.stack(found).mean()
+
+
 class _Trainer(Trainer):
     """Trainer with our loss. Its loss on dev is the mean over all tokens, whatever batches they came in."""
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, teacher: Any | None, share: float, folder: Path, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, teacher: Teacher | None, share: float, hidden: float, folder: Path, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.teacher, self.share, self.folder = teacher, share, folder
+        self.teacher, self.share, self.hidden, self.folder = teacher, share, hidden, folder
         self.model_accepts_loss_kwargs = True  # so that it counts the tokens of all batches of a step
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        ce, kl, count = self._sums(model, inputs)
-        total = ce * (1 - self.share) + (kl * self.share if kl is not None else 0.0)
+        ce, kl, hidden, count = self._sums(model, inputs)
+        total = ce * (1 - self.share)
+        if kl is not None:
+            total = total + kl * self.share
+        if hidden is not None:
+            total = total + hidden * self.hidden
         loss = total / (num_items_in_batch if num_items_in_batch is not None else max(1, count))
         if num_items_in_batch is not None:
             loss = loss * self.args.world_size  # the tokens are those of all processes, whose gradients are averaged
         check_finite(loss, self.state.global_step, self.folder)
         return loss
 
-    def _sums(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None, int]:
+    def _sums(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
+        """Cross-entropy, KL and distance of hidden states, summed over the tokens that are learnt, and their count."""
         asked = {key: value for key, value in inputs.items() if key != "labels"}
-        theirs = log_probs(self.teacher, asked) if self.teacher is not None else None
+        deep, labels = self.hidden > 0, inputs["labels"]
+        theirs, states = self.teacher.says(asked, hidden=deep) if self.teacher is not None else (None, [])
         with self.compute_loss_context_manager():
-            logits = model(**asked, use_cache=False).logits
-        return token_losses(logits, inputs["labels"], theirs)
+            said = model(**asked, use_cache=False, output_hidden_states=deep)
+        ce, kl, count = token_losses(said.logits, labels, theirs)
+        return ce, kl, hidden_distance(said.hidden_states[1:], states, labels) if deep else None, count
 
     @torch.no_grad()
     def losses(self) -> Losses:
         """The losses on dev, each batch of which one process computes."""
         model: Any = self.model
         model.eval()
-        sums = torch.zeros(3, dtype=torch.float64)  # cross-entropy, KL, tokens
+        sums = torch.zeros(4, dtype=torch.float64)  # cross-entropy, KL, hidden states, tokens
         batches = DataLoader(self.eval_dataset, self.args.eval_batch_size, collate_fn=self.data_collator)  # type: ignore[arg-type]
         for number, inputs in enumerate(batches):
             if number % self.args.world_size == self.args.process_index:
                 found = self._sums(model, self._prepare_inputs(inputs))
-                sums += torch.tensor([float(found[0]), float(found[1] or 0), found[2]], dtype=torch.float64)
+                sums += torch.tensor([float(each if each is not None else 0) for each in found], dtype=torch.float64)
         if self.args.world_size > 1:
             whole = sums.to(self.args.device)
             torch.distributed.all_reduce(whole)
             sums = whole.cpu()
-        ce, kl, tokens = float(sums[0]), float(sums[1]), int(sums[2])
-        ce, kl = ce / max(1, tokens), kl / max(1, tokens)
-        loss = ce * (1 - self.share) + kl * self.share
-        return Losses(loss, ce, kl if self.teacher is not None else None, tokens)
+        tokens = int(sums[3])
+        ce, kl, hidden = (sums[:3] / max(1, tokens)).tolist()
+        loss = ce * (1 - self.share) + kl * self.share + hidden * self.hidden
+        return Losses(loss, ce, kl if self.teacher is not None else None, hidden if self.hidden else None, tokens)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = {_WATCHED: self.losses().loss}
@@ -205,7 +270,7 @@ def check_finite(value: Tensor, step: int, folder: Path) -> None:
 
 def train(
     model: Any,
-    teacher: Any | None,
+    teacher: Teacher | None,
     examples: Sequence[Example],
     dev: Sequence[Example],
     options: Recovery,
@@ -219,7 +284,7 @@ def train(
 
     Args:
         model: a causal model of transformers; trained in place.
-        teacher: who is followed, see ``as_teacher``; needed where the KL counts.
+        teacher: who is followed, see ``as_teacher``; needed where the KL or hidden states count.
         examples: what is learnt.
         dev: what is watched.
         options: how.
@@ -252,6 +317,7 @@ def train(
             callbacks=[_Teller(advance, folder), EarlyStoppingCallback(options.patience), *_logs(tensorboard)],
             teacher=teacher,
             share=share,
+            hidden=options.hidden_weight,
             folder=folder,
         )
         trainer.remove_callback(PrinterCallback)
@@ -354,12 +420,14 @@ def _arguments(options: Recovery, steps: int, folder: Path, device: str) -> Trai
     )
 
 
-def as_teacher(model: Any, ids: Sequence[int], device: str) -> Any:
+def as_teacher(model: Any, ids: Sequence[int], layers: Sequence[int], device: str) -> Teacher:
     """A model that speaks in the student's ids: in place, its vocabulary becomes the student's.
 
     Args:
         model: a causal model of transformers.
         ids: its id of each of the student's tokens, (V,).
+        layers: the number that each of the student's layers has in it, where hidden states are compared. The student's
+            last state is compared with its last, whatever went behind that layer.
         device: a torch device.
 
     Raises:
@@ -378,10 +446,5 @@ def as_teacher(model: Any, ids: Sequence[int], device: str) -> Any:
     embedding.weight = nn.Parameter(embedding.weight.detach()[rows], requires_grad=False)
     head.weight = embedding.weight if tied else nn.Parameter(head.weight.detach()[rows], requires_grad=False)
     embedding.padding_idx = None  # it says which row is not trained
-    return model.to(device).eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def log_probs(teacher: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """What a teacher says of the next token, (B, T, V), in float32."""
-    return functional.log_softmax(teacher(**inputs, use_cache=False).logits.float(), dim=-1)
+    last = int(model.config.num_hidden_layers) - 1
+    return Teacher(model.to(device).eval().requires_grad_(False), [*layers[:-1], last] if layers else ())

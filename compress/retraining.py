@@ -58,8 +58,8 @@ def plan(model: CausalLM, config: RecoverConfig, context: Context) -> RecoverPla
         "tokens": done.tokens,
         "steps": done.steps,
         "best_step": done.best_step,
-        "before": {"loss": before.loss, "ce": before.ce, "kl": before.kl},
-        "after": {"loss": after.loss, "ce": after.ce, "kl": after.kl},
+        "before": before.named(),
+        "after": after.named(),
     }
     summary = f"recover: {done.tokens:,} tokens; loss {before.loss:.4f} → {after.loss:.4f} nats a token"
     if after.loss >= before.loss:
@@ -103,10 +103,10 @@ def _trained(
 
     options, device = config.options(context.seed, name_of(context.dtype)), str(context.device)
     teacher = None
-    if options.share_of_kl(teacher=True):
+    if options.share_of_kl(teacher=True) or options.hidden_weight:
         dense = cut_vocab(context.dense, model.token_origin)
         opened = _opened(dense, scratch / "dense", context.dtype)
-        teacher = recover.as_teacher(opened, range(model.spec.vocab_size), device)
+        teacher = recover.as_teacher(opened, range(model.spec.vocab_size), model.layer_origin, device)
     student = _opened(model, scratch / "model")
     return recover.train(student, teacher, examples, dev, options, scratch / "states", pad=0, device=device)
 

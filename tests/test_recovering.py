@@ -90,6 +90,22 @@ def test_a_recovered_checkpoint_is_one_and_says_how_it_came_to_be(
     assert not any("norm" in name or "embed" in name for name in changed)  # adapters stand beside matrices only
 
 
+def test_hidden_states_are_those_of_the_model_that_was_cut(
+    tiny_checkpoint: Path, tiny: Callable[[str], Path], tasks: Path, tmp_path: Path
+) -> None:
+    """One of three layers is gone: which stayed is known, and a model of two layers is refused as a teacher."""
+    said = Artifact.open(tiny_checkpoint).manifest.receipts["layers"]
+    assert (len(said["kept"]), said["of"]) == (2, 3)
+    dense = str(tiny("qwen2-tied"))
+    options = Recovery(hidden_weight=0.5, max_steps=4, batch=2, evaluations=2, dtype="float32")
+    done = recovering.recover(tiny_checkpoint, tmp_path / "out", data=tasks, teacher=dense, options=options)
+    assert (done.before["hidden"] or 0) > 0
+    assert "| distance of hidden states, a share |" in (tmp_path / "out" / "README.md").read_text()
+    assert Artifact.open(tmp_path / "out").manifest.receipts["layers"] == said
+    with pytest.raises(ModelError, match=r"Expected: 3 layers\. Found: 2"):
+        recovering.recover(tiny_checkpoint, tmp_path / "x", data=tasks, teacher=str(tiny_checkpoint), options=options)
+
+
 def test_text_is_learnt_too(tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "text"
     folder.mkdir()
@@ -162,6 +178,8 @@ def test_calls_that_do_not_fit_are_refused(tiny_checkpoint: Path, tasks: Path, t
     out = tmp_path / "out"
     with pytest.raises(UsageError, match="nothing to train on"):
         recovering.recover(tiny_checkpoint, out)
+    with pytest.raises(UsageError, match="Distillation follows a teacher"):
+        recovering.recover(tiny_checkpoint, tmp_path / "x", data=tasks, options=Recovery(hidden_weight=1))
     with pytest.raises(UsageError, match="Distillation follows a teacher"):
         recovering.recover(tiny_checkpoint, out, data=tasks, options=Recovery(method="distill"))
     with pytest.raises(UsageError, match="no run to go on with"):

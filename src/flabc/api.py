@@ -287,7 +287,8 @@ def _write_checkpoint(cut: CausalLM, done: Compressed, output: Path, seed: int, 
             quality=done.quality["heldout_bits_per_byte"],
         )
         draft.spec, draft.recipe, draft.source, draft.seed = done.spec, done.recipe, cut.source, seed
-        draft.receipts = {"stages": done.stages, "quality": done.quality}
+        layers = {"kept": list(cut.layer_origin), "of": len(done.dense.layers)}
+        draft.receipts = {"stages": done.stages, "quality": done.quality, "layers": layers}
 
 
 def bench(

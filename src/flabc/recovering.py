@@ -20,6 +20,7 @@ from flabc.runtime.evaluate.source import read_jsonl
 from flabc.runtime.evaluate.tasks import mined
 from flabc.runtime.evaluate.tasks.humaneval import instruction
 from flabc.source import model_folder
+from flabc.spec import ModelSpec
 
 if TYPE_CHECKING:
     from flabc.compress.data.examples import Example
@@ -31,10 +32,10 @@ WATCHED_TEXTS = 32
 
 
 class Recovered(Frozen):
-    """What training did; losses are means over dev's tokens, in nats, ``kl`` None without a teacher.
+    """What training did; losses are means over dev's tokens, in nats, and None where they do not count.
 
-    ``before`` and ``after`` have ``loss``, ``ce``, ``kl``; ``data`` is the sha256 of what was trained on,
-    ``processes`` how many trained together.
+    ``before`` and ``after`` have ``loss``, ``ce``, ``kl`` and, a share, ``hidden``; ``data`` is the sha256 of what was
+    trained on, ``processes`` how many trained together.
     """
 
     path: Path
@@ -123,7 +124,8 @@ def recover(
         followed = None
         if source is not None:
             ids = _teachers_ids(made.path, source.folder, model.token_origin)
-            followed = recover.as_teacher(recover.open_model(source.folder, source.spec, dtype), ids, device)
+            layers = _teachers_layers(made, source.spec) if options.hidden_weight else ()
+            followed = recover.as_teacher(recover.open_model(source.folder, source.spec, dtype), ids, layers, device)
         trained = recover.train(
             recover.open_model(made.path, model.spec),
             followed,
@@ -159,7 +161,7 @@ def _check(
         raise UsageError("There is no run to go on with.", expected=f"the folder {partial}", fix="Leave --resume away.")
     if data is None and text is None:
         raise UsageError("There is nothing to train on.", fix="Give --data TASKS.jsonl, --text CORPUS, or both.")
-    if teacher is None and (options.method == "distill" or options.kl_weight):
+    if teacher is None and (options.method == "distill" or options.kl_weight or options.hidden_weight):
         raise UsageError("Distillation follows a teacher.", fix="Give --teacher, the model that was cut.")
 
 
@@ -241,6 +243,26 @@ def _teachers_ids(student: Path, teacher: Path, known: Sequence[int]) -> list[in
     return ids
 
 
+def _teachers_layers(student: Artifact, teacher: ModelSpec) -> Sequence[int]:
+    """The teacher's number of each of the student's layers, by what the student says that it was cut from.
+
+    Raises:
+        ModelError: if the teacher has another number of layers, so that nobody knows which stands for which.
+    """
+    assert student.manifest.spec is not None
+    own = range(len(student.manifest.spec.layers))
+    said = student.manifest.receipts.get("layers", {"kept": list(own), "of": len(own)})
+    if said["of"] != len(teacher.layers):
+        raise ModelError(
+            "Hidden states can be compared with those of the model that this one was cut from, and this is another.",
+            expected=f"{said['of']} layers",
+            found=str(len(teacher.layers)),
+            fix="Give that model as --teacher, or leave --hidden-weight away.",
+        )
+    kept: Sequence[int] = said["kept"]
+    return kept
+
+
 def _ends(model: CausalLM) -> list[int]:
     """The ids that end an answer.
 
@@ -272,7 +294,6 @@ def _told(
     train: Sequence[Example],
     dev: Sequence[Example],
 ) -> Recovered:
-    before, after = ({"loss": side.loss, "ce": side.ce, "kl": side.kl} for side in (trained.before, trained.after))
     return Recovered(
         path=output,
         method=options.method,
@@ -284,8 +305,8 @@ def _told(
         tokens=trained.tokens,
         steps=trained.steps,
         best_step=trained.best_step,
-        before=before,
-        after=after,
+        before=trained.before.named(),
+        after=trained.after.named(),
         curve=tuple(dict(row) for row in trained.curve),
         processes=processes.count(),
     )

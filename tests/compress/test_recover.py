@@ -64,8 +64,8 @@ def test_kl_is_that_of_torch_over_the_tokens_that_were_kept(tiny: Callable[[str]
     labels = torch.randint(0, len(keep), (2, 9))
     labels[:, :3], labels[1, 7:] = IGNORED, IGNORED
     inputs = {"input_ids": torch.randint(0, len(keep), (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
-    teacher = recover.as_teacher(model_of(tiny(family)), keep, "cpu")
-    _, kl, tokens = recover.token_losses(student, labels, recover.log_probs(teacher, inputs))
+    teacher = recover.as_teacher(model_of(tiny(family)), keep, (), "cpu")
+    _, kl, tokens = recover.token_losses(student, labels, teacher.says(inputs, hidden=False)[0])
     logits = dense(torch.tensor(keep)[inputs["input_ids"]]).logits[..., keep]
     places = [(b, t - 1) for b in range(2) for t in range(1, 9) if labels[b, t] != IGNORED]
     each = [
@@ -78,7 +78,7 @@ def test_kl_is_that_of_torch_over_the_tokens_that_were_kept(tiny: Callable[[str]
 
 def test_a_teacher_without_the_students_tokens_is_refused(tiny: Callable[[str], Path]) -> None:
     with pytest.raises(ModelError, match="lacks some of its tokens"):
-        recover.as_teacher(model_of(tiny("qwen2-tied")), [0, 1, 7000], "cpu")
+        recover.as_teacher(model_of(tiny("qwen2-tied")), [0, 1, 7000], (), "cpu")
 
 
 def test_packed_examples_do_not_see_each_other(tiny: Callable[[str], Path], uneven: Path) -> None:
@@ -174,9 +174,9 @@ def test_distillation_comes_near_the_teacher(tiny: Callable[[str], Path], tmp_pa
     )
     dtype = torch.bfloat16
     opened = recover.open_model(tiny("llama-tied"), dense.spec, dtype)
-    teacher = recover.as_teacher(opened, student.token_origin, "cpu")
-    assert all(weight.dtype == dtype for weight in teacher.parameters())
-    assert {buffer.dtype for buffer in teacher.buffers()} == {torch.float32}  # angles of positions
+    teacher = recover.as_teacher(opened, student.token_origin, (), "cpu")
+    assert all(weight.dtype == dtype for weight in teacher.model.parameters())
+    assert {buffer.dtype for buffer in teacher.model.buffers()} == {torch.float32}  # angles of positions
     out = tmp_path / "states"
     data = examples(40), examples(6, seed=2)
     done = recover.train(recover.open_model(tmp_path / "student", student.spec), teacher, *data, options, out, pad=PAD)
@@ -184,6 +184,44 @@ def test_distillation_comes_near_the_teacher(tiny: Callable[[str], Path], tmp_pa
     assert done.after.kl is not None
     assert done.after.kl < 0.9 * done.before.kl
     assert done.after.loss == done.after.kl  # nothing of the loss is cross-entropy
+
+
+def test_hidden_states_are_compared_with_those_of_the_layers_that_stayed(tiny: Callable[[str], Path]) -> None:
+    """By hand, token by token: the square of the distance over that of the teacher's state."""
+    dense = load.load(str(tiny("llama-tied")))
+    model, labels = model_of(tiny("llama-tied")), torch.tensor([[IGNORED, 5, 6, IGNORED, 7]])
+    inputs = {"input_ids": torch.tensor([[4, 5, 6, 9, 7]])}
+    teacher = recover.as_teacher(model, range(dense.spec.vocab_size), [0, 1], "cpu")
+    said = model(**inputs, output_hidden_states=True)
+    log_probs, states = teacher.says(inputs, hidden=True)
+    torch.testing.assert_close(log_probs, said.logits.log_softmax(-1))
+    expected = [said.hidden_states[1], said.hidden_states[len(dense.spec.layers)]]  # the last stands for the last
+    for mine, theirs in zip(states, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    mine = [torch.randn_like(state) for state in states]
+    total = sum(
+        float((a[0, at] - b[0, at]).norm() ** 2 / b[0, at].norm() ** 2)
+        for a, b in zip(mine, states, strict=True)
+        for at in (0, 1, 3)  # the places that predict what is learnt
+    )
+    assert float(recover.hidden_distance(mine, states, labels)) == pytest.approx(total / 2, rel=1e-5)
+
+
+def test_a_student_whose_layers_differ_follows_hidden_states(
+    tiny: Callable[[str], Path], uneven: Path, tmp_path: Path
+) -> None:
+    dense = load.load(str(tiny("qwen2-tied")))
+    teacher = recover.as_teacher(model_of(tiny("qwen2-tied")), range(dense.spec.vocab_size), (0, 1, 2), "cpu")
+    options = OPTIONS.model_copy(update={"method": "full", "kl_weight": 0.25, "hidden_weight": 20.0, "max_steps": 30})
+    data = examples(40), examples(6, seed=2)
+    done = recover.train(model_of(uneven), teacher, *data, options, tmp_path / "states", pad=PAD)
+    for found in (done.before, done.after):
+        assert found.kl is not None
+        assert found.hidden is not None
+        assert found.loss == pytest.approx(0.75 * found.ce + 0.25 * found.kl + 20 * found.hidden, rel=1e-6)
+    assert done.before.hidden is not None
+    assert done.after.hidden is not None
+    assert done.after.hidden < 0.9 * done.before.hidden
 
 
 def test_the_best_state_is_kept_and_training_stops_early(tiny: Callable[[str], Path], tmp_path: Path) -> None:

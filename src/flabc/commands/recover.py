@@ -35,6 +35,13 @@ if TYPE_CHECKING:
     type=click.FloatRange(0, 1),
     help="The KL's share of the loss.  [default: 1 for distill, else 0.5 with a teacher]",
 )
+@click.option(
+    "--hidden-weight",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="Added to the loss: how far the states behind the layers are from the teacher's, as a share.",
+)
 @click.option("--epochs", type=float, default=1.0, show_default=True, help="How often every example is seen.")
 @click.option("--max-steps", type=AT_LEAST_ONE, help="Optimiser steps at most.")
 @click.option("--learning-rate", type=float, default=2e-4, show_default=True, help="At the peak of a cosine.")
@@ -113,7 +120,8 @@ def _show(found: Recovered) -> None:
     for name, before in found.before.items():
         after = found.after[name]
         if before is not None and after is not None:
-            click.echo(f"{name:<5} {before:.4f} → {after:.4f} nats a token on dev")
+            unit = "of the teacher's states" if name == "hidden" else "nats a token"
+            click.echo(f"{name:<6} {before:.4f} → {after:.4f} {unit} on dev")
     click.echo(f"{found.steps} steps, {found.tokens:,} tokens learnt; the state of step {found.best_step}", err=True)
     if (found.after["loss"] or 0) >= (found.before["loss"] or 0):
         click.echo("training did not help: the loss on dev is no lower than before", err=True)
