@@ -61,7 +61,8 @@ def plan(model: CausalLM, config: RecoverConfig, context: Context) -> RecoverPla
         "before": before.named(),
         "after": after.named(),
     }
-    summary = f"recover: {done.tokens:,} tokens; loss {before.loss:.4f} → {after.loss:.4f} nats a token"
+    unit = "" if config.hidden_weight else " nats a token"
+    summary = f"recover: {done.tokens:,} tokens; loss {before.loss:.4f} → {after.loss:.4f}{unit}"
     if after.loss >= before.loss:
         return RecoverPlan(f"{summary}: not better, so the weights stay as they were", {**details, "kept": False})
     weights = {name: context.keep(done.weights[name], model) for name in model.spec.shapes()}

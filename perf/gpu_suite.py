@@ -21,7 +21,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from flabc.perf.duration import seconds
+from flabc.perf import duration
 
 
 def main(words: list[str] | None = None) -> None:
@@ -59,6 +59,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-energy", action="store_true", help="do not read the energy counter")
     add("--cpu", action="store_true", help="run where there is no GPU, to see that it works")
     return parser
+
+
+def seconds(text: str) -> float:
+    """A time such as 90s, 10m or 1h."""
+    try:
+        return duration.seconds(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def numbers(text: str) -> list[int]:

@@ -187,9 +187,10 @@ def test_an_unknown_suite_and_a_wrong_budget_are_refused() -> None:
     done = flabc("bench", "e", "--budget", "5")
     assert done.returncode == 2
     assert "expected a number and s, m or h" in done.stderr
-    done = flabc("bench", "--shape", "llama-2-70b", "--suite", "quick")
-    assert done.returncode == 2
-    assert "--suite says nothing of a shape" in done.stderr
+    for name in ("quick", "completion"):
+        done = flabc("bench", "--shape", "llama-2-70b", "--suite", name)
+        assert done.returncode == 2
+        assert "--suite says nothing of a shape" in done.stderr
 
 
 @pytest.mark.parametrize("wrong", ["0", "1,x", "", "1,,2", "-1", "inf", "nan"])

@@ -124,21 +124,31 @@ def test_a_baseline_of_another_day(tiny_dense_engine: Path, config: Path, tmp_pa
 def test_a_folder_has_a_baseline_for_each_class_of_machine(
     tiny_dense_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, few = tmp_path / "baseline", Gates.model_validate({**CONFIG, "speed": {"tpot_ms": 20.0}})
-    folder.mkdir()
+    folder, few = tmp_path / "perf" / "baseline", Gates.model_validate({**CONFIG, "speed": {"tpot_ms": 20.0}})
     made = gating.baseline(tiny_dense_engine, folder, config=few)
     (own,) = folder.iterdir()
+    assert own == gating.baseline_file(folder)
     assert own.suffix == ".json"
     assert f"-{os.cpu_count()}-cores-" in own.name
-    assert Baseline.read(folder) == made
+    for other in ("README.md", ".gitkeep"):
+        (folder / other).write_text("who knows")
+    (folder / "old.json").write_text('{"schema_version": 1, "other": "fields"}')
+    assert Baseline.read(folder) == gating._stored(folder) == made
     # One name stands for several generations of processors: what they can do has to be the same.
     monkeypatch.setattr(environment, "cpu_features", lambda: ["sve"])
     with pytest.raises(EngineError, match=r"no baseline of this class of machine\. Expected: .*, sve") as told:
         gating.run(tiny_dense_engine, folder, config=few)
     assert made.machine_class in str(told.value)
+    assert "old.json, which cannot be read" in str(told.value)
     other = made.model_copy(update={"environment": {**made.environment, "cpu_features": ["sve"]}})
     (folder / "a.json").write_text(other.model_dump_json())
     assert Baseline.read(folder) == other
+    (folder / "b.json").write_text(other.model_dump_json())
+    with pytest.raises(ArtifactError, match=r"several baselines of this class.*Found: a\.json, b\.json"):
+        Baseline.read(folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(EngineError, match=r"Found: no baseline\."):
+        gating.run(tiny_dense_engine, tmp_path / "empty", config=few)
 
 
 def test_a_folder_without_a_manifest_is_a_broken_engine(tiny_dense_engine: Path, tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,10 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from flabc import recovering
+from flabc import api, recovering
 from flabc.artifact import Artifact
 from flabc.cli import cli
-from flabc.compress import checkpoint, devices, load
+from flabc.compress import checkpoint, devices, load, recover
 from flabc.compress.config import Recovery
 from flabc.compress.model import cut_layers
 from flabc.errors import MissingExtraError, ModelError, RecoveryError, UsageError
@@ -91,19 +92,52 @@ def test_a_recovered_checkpoint_is_one_and_says_how_it_came_to_be(
 
 
 def test_hidden_states_are_those_of_the_model_that_was_cut(
-    tiny_checkpoint: Path, tiny: Callable[[str], Path], tasks: Path, tmp_path: Path
+    tiny_checkpoint: Path,
+    tiny: Callable[[str], Path],
+    tasks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One of three layers is gone: which stayed is known, and a model of two layers is refused as a teacher."""
     said = Artifact.open(tiny_checkpoint).manifest.receipts["layers"]
-    assert (len(said["kept"]), said["of"]) == (2, 3)
+    assert len(set(said["kept"]) & {0, 1, 2}) == 2
+    assert said["of"] == 3
+    asked, own = list[list[int]](), recover.as_teacher
+
+    def spied(model: object, ids: Sequence[int], layers: Sequence[int], device: str) -> recover.Teacher:
+        asked.append(list(layers))
+        return own(model, ids, layers, device)
+
+    monkeypatch.setattr(recover, "as_teacher", spied)
     dense = str(tiny("qwen2-tied"))
     options = Recovery(hidden_weight=0.5, max_steps=4, batch=2, evaluations=2, dtype="float32")
     done = recovering.recover(tiny_checkpoint, tmp_path / "out", data=tasks, teacher=dense, options=options)
     assert (done.before["hidden"] or 0) > 0
     assert "| distance of hidden states, a share |" in (tmp_path / "out" / "README.md").read_text()
+    assert asked == [said["kept"]]
     assert Artifact.open(tmp_path / "out").manifest.receipts["layers"] == said
-    with pytest.raises(ModelError, match=r"Expected: 3 layers\. Found: 2"):
+    with pytest.raises(ModelError, match=r"Expected: 3 layers of hidden size 48\. Found: 2 of 48"):
         recovering.recover(tiny_checkpoint, tmp_path / "x", data=tasks, teacher=str(tiny_checkpoint), options=options)
+
+
+def test_the_layers_that_stayed_are_the_first_models_through_several_cuts(
+    tiny_checkpoint: Path, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    kept = Artifact.open(tiny_checkpoint).manifest.receipts["layers"]["kept"]
+    once = load.load(str(tiny_checkpoint))
+    assert api._layers(str(tiny_checkpoint), cut_layers(once, [1]), once) == {"kept": [kept[1]], "of": 3}
+    dense = load.load(str(tiny("qwen2-tied")))
+    assert api._layers(str(tiny("qwen2-tied")), cut_layers(dense, [1, 2]), dense) == {"kept": [1, 2], "of": 3}
+    older = shutil.copytree(tiny_checkpoint, tmp_path / "older")
+    manifest = json.loads((older / "flabc.json").read_text())
+    del manifest["receipts"]["layers"]
+    (older / "flabc.json").write_text(json.dumps(manifest))
+    assert api._layers(str(older), once, once) is None
+    with pytest.raises(ModelError, match="does not say which layers of the dense model it kept"):
+        recovering._teachers_layers(Artifact.open(older), once.spec, dense.spec)
+    wide = dense.spec.model_copy(update={"hidden_size": 96})
+    with pytest.raises(ModelError, match=r"Expected: 3 layers of hidden size 48\. Found: 3 of 96"):
+        recovering._teachers_layers(Artifact.open(tiny_checkpoint), once.spec, wide)
 
 
 def test_text_is_learnt_too(tiny_checkpoint: Path, tmp_path: Path) -> None:

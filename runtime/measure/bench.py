@@ -5,13 +5,12 @@ Both are opened several times: two processes of one engine need not be equally f
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import chain, cycle, islice
+from itertools import chain, count, cycle, islice
 from pathlib import Path
 from statistics import median
 
@@ -52,12 +51,14 @@ def bench(
         sweep: other lengths of prompts and batches, measured behind the first in each opening.
         load: requests that come at their own times, measured first, so that it is known what time is left.
         openings: how often both are opened, at least once; the workload's rounds are those of each. None for as often
-            as the budget allows.
-        budget_s: engines are not opened once more if that would surely end later than so many seconds from now.
+            as the budget allows, which has to be given then.
+        budget_s: engines are not opened once more if that would end later than so many seconds from now, going by the
+            longest opening so far. The first one is measured to its end.
 
     Raises:
         EngineError: if an engine cannot be opened, dies, or does not produce the tokens it should.
     """
+    assert openings is not None or budget_s is not None, "nothing says when to stop"
     began, longest = time.monotonic(), 0.0
     machine, works = environment(), (workload, *sweep)
     loaded = measure_load(candidate, baseline, workload, load, prompts) if load else None
@@ -65,7 +66,7 @@ def bench(
     found = _Found(), _Found()
     total = None if openings is None or budget_s is not None else openings * sum(work.rounds for work in works)
     with progress("measuring", total) as advance:
-        for number in range(openings or sys.maxsize):
+        for number in count() if openings is None else range(openings):
             opened_at = time.monotonic()
             if number and budget_s is not None and opened_at + longest > began + budget_s:
                 break
@@ -74,8 +75,8 @@ def bench(
                     warmups = [warm_up(side, prompts[0], work) for side in sides]
                     measured += _rounds(*sides, work, prompts, number, advance)
                     if work is workload:  # before what needs more memory than this
-                        for each, side, count in zip(found, sides, warmups, strict=True):
-                            each.opened(side, count)
+                        for each, side, warm in zip(found, sides, warmups, strict=True):
+                            each.opened(side, warm)
                 longest = max(longest, time.monotonic() - opened_at)
                 if number == 0:
                     roofline = None if any(side.on_gpu for side in sides) else measure_roofline()

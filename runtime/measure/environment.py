@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,14 @@ CPU_INFO = Path("/proc/cpuinfo")
 #: How Linux chooses the processor's clock, where it lets itself be asked.
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
-#: Processor features that decide how fast matrices are multiplied, as Linux names them.
-CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+#: Processor features that decide how fast matrices are multiplied, as Linux names them: of x86, then of Arm.
+CPU_FEATURES = (
+    *("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"),
+    *("asimddp", "i8mm", "bf16", "sve", "sve2"),
+)
+
+#: What a command may take that only tells something: a driver that hangs must not hang a measurement.
+TELL_S = 10.0
 
 #: What ``nvidia-smi --query-gpu`` is asked.
 ASKED = (
@@ -42,12 +48,10 @@ def environment() -> dict[str, Any]:
     ``revision`` is that of the folder where the command runs; what the system does not tell is None.
     """
     return {
-        "cpu": cpu_name(),
-        "cpu_features": cpu_features(),
-        "logical_cores": os.cpu_count(),
+        **_processor(),
         "physical_cores": psutil.cpu_count(logical=False),
         "cpu_mhz": _cpu_mhz(),
-        "governor": GOVERNOR.read_text(encoding="utf-8").strip() if GOVERNOR.is_file() else None,
+        "governor": _read(GOVERNOR).strip() or None,
         "cpu_temperature_c": _cpu_temperature(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "nvidia_smi": nvidia_smi(),
@@ -58,52 +62,74 @@ def environment() -> dict[str, Any]:
     }
 
 
-def machine_class(of: dict[str, Any]) -> str:
+def machine_class(of: Mapping[str, Any] | None = None) -> str:
     """What has to be alike for times to be comparable as shares of what a machine can do at best.
 
     Args:
-        of: an ``environment``.
+        of: an ``environment``; by default this machine's.
     """
+    of = _processor() if of is None else of
     return f"{of['cpu']}, {of['logical_cores']} cores, {', '.join(of['cpu_features']) or 'no known features'}"
 
 
 def cpu_name() -> str:
-    """The processor's name as the system tells it."""
-    if CPU_INFO.is_file():
-        for line in CPU_INFO.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    """The processor's name as the system tells it; of Arm under Linux the numbers of who made it and what it is."""
+    told = dict(_fields(line) for line in _read(CPU_INFO).splitlines() if ":" in line)
+    if "model name" in told:
+        return told["model name"]
+    numbers = [told[name] for name in ("CPU implementer", "CPU part") if name in told]
+    on_mac = _told(["sysctl", "-n", "machdep.cpu.brand_string"]) if platform.system() == "Darwin" else None
+    return on_mac or " ".join([platform.processor() or platform.machine(), *numbers])
 
 
 def cpu_features() -> list[str]:
     """Those of ``CPU_FEATURES`` that it has; a name alone can stand for several generations of a processor."""
-    flags = set(CPU_INFO.read_text(encoding="utf-8").split()) if CPU_INFO.is_file() else set[str]()
+    flags = set(_read(CPU_INFO).split())
     return [feature for feature in CPU_FEATURES if feature in flags]
 
 
-def nvidia_smi() -> dict[str, str] | str | None:
-    """What the driver's own tool says of the first GPU, or why it says nothing; None where there is no such tool."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    command = ["nvidia-smi", f"--query-gpu={','.join(ASKED)}", "--format=csv,noheader", "--id=0"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return (done.stdout + done.stderr).strip()
-    return dict(zip(ASKED, (part.strip() for part in done.stdout.split(",")), strict=False))
+def nvidia_smi() -> dict[str, str] | None:
+    """What the driver's own tool says of the first GPU; None where there is no such tool, or no GPU that it sees."""
+    said = _told(["nvidia-smi", f"--query-gpu={','.join(ASKED)}", "--format=csv,noheader", "--id=0"])
+    return dict(zip(ASKED, (part.strip() for part in said.split(",")), strict=False)) if said else None
 
 
 def revision() -> str | None:
     """The commit of the folder where this runs, with "-dirty" if files differ from it; None outside of git."""
-    if shutil.which("git") is None:
+    return _told(["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"])
+
+
+def _processor() -> dict[str, Any]:
+    return {"cpu": cpu_name(), "cpu_features": cpu_features(), "logical_cores": os.cpu_count()}
+
+
+def _fields(line: str) -> tuple[str, str]:
+    name, value = line.split(":", 1)
+    return name.strip(), value.strip()
+
+
+def _read(file: Path) -> str:
+    """A file of the system's, empty where it cannot be read."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def _told(command: Sequence[str]) -> str | None:
+    """What a command says; None where it is not there, fails or hangs."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=TELL_S)
+    except (OSError, subprocess.SubprocessError):
         return None
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return None if done.returncode else done.stdout.strip()
+    return done.stdout.strip()
 
 
 def _cpu_mhz() -> float | None:
-    found = psutil.cpu_freq()
+    try:
+        found = psutil.cpu_freq()
+    except (OSError, RuntimeError, ValueError):  # psutil, of systems that do not tell
+        return None
     return None if found is None else round(found.current)
 
 

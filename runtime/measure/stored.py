@@ -63,7 +63,7 @@ class Baseline(Frozen):
         """Read a baseline's file, or out of a folder of them the one of this class of machine.
 
         Raises:
-            ArtifactError: if it is none, or of another version.
+            ArtifactError: if it is none, or of another version; or if the folder has several of this class.
             EngineError: if the folder has none of this class.
         """
         if file.is_dir():
@@ -83,16 +83,33 @@ class Baseline(Frozen):
 
     @classmethod
     def _of_this_class(cls, folder: Path) -> Baseline:
-        found = [cls.read(file) for file in sorted(folder.glob("*.json"))]
-        here = machine_class(environment())
-        if of_here := [each for each in found if each.machine_class == here]:
-            return of_here[0]
-        raise EngineError(
-            f"{folder} has no baseline of this class of machine.",
-            expected=here,
-            found="; ".join(sorted(each.machine_class for each in found)) or "no baseline",
-            fix=MAKE_ONE,
-        )
+        here, of_here, others = machine_class(), dict[str, Baseline](), list[str]()
+        for file in sorted(folder.glob("*.json")):
+            try:
+                found = cls.read(file)
+            except ArtifactError:  # of another version, perhaps: that is no reason to do without this class's
+                others.append(f"{file.name}, which cannot be read")
+                continue
+            if found.machine_class == here:
+                of_here[file.name] = found
+            else:
+                others.append(found.machine_class)
+        if len(of_here) > 1:
+            raise ArtifactError(
+                f"{folder} has several baselines of this class of machine.",
+                expected="those of one engine, one for each class",
+                found=", ".join(of_here),
+                fix="Name the file that is meant.",
+            )
+        if not of_here:
+            raise EngineError(
+                f"{folder} has no baseline of this class of machine.",
+                expected=here,
+                found="; ".join(others) or "no baseline",
+                fix=MAKE_ONE,
+            )
+        (own,) = of_here.values()
+        return own
 
     @property
     def machine_class(self) -> str:
@@ -122,7 +139,7 @@ def stored_openings(candidate: Path, baseline: Baseline, prompts: Sequence[str])
         EngineError: if the engine cannot be opened or run or runs on a GPU, or the baseline comes from another class
             of machine.
     """
-    here, there = machine_class(environment()), baseline.machine_class
+    here, there = machine_class(), baseline.machine_class
     if here != there:
         raise EngineError(
             "The baseline was measured on another class of machine.", expected=there, found=here, fix=MAKE_ONE

@@ -226,7 +226,7 @@ def compress(
             peak_device_mib=devices.peak_mib(devices.device_named(device)),
         )
         if done.path is not None:
-            _write_checkpoint(cut, done, done.path, seed, force=force)
+            _write_checkpoint(cut, done, done.path, seed, _layers(model, cut, dense), force=force)
     return done
 
 
@@ -271,7 +271,20 @@ def _checked(
     return stream
 
 
-def _write_checkpoint(cut: CausalLM, done: Compressed, output: Path, seed: int, *, force: bool) -> None:
+def _layers(model: str, cut: CausalLM, dense: CausalLM) -> dict[str, Any] | None:
+    """Which layers of the dense model are left, and how many it had; of a model that was cut before, the first one's.
+
+    None where it was cut by a version that did not say so.
+    """
+    if not (Path(model) / artifact.MANIFEST).is_file():
+        return {"kept": list(cut.layer_origin), "of": len(dense.spec.layers)}
+    before = Artifact.open(model).manifest.receipts.get("layers")
+    return before and {"kept": [before["kept"][layer] for layer in cut.layer_origin], "of": before["of"]}
+
+
+def _write_checkpoint(
+    cut: CausalLM, done: Compressed, output: Path, seed: int, layers: dict[str, Any] | None, *, force: bool
+) -> None:
     from flabc.compress import card, checkpoint
 
     with artifact.create(output, "checkpoint", force=force) as draft:
@@ -287,7 +300,6 @@ def _write_checkpoint(cut: CausalLM, done: Compressed, output: Path, seed: int, 
             quality=done.quality["heldout_bits_per_byte"],
         )
         draft.spec, draft.recipe, draft.source, draft.seed = done.spec, done.recipe, cut.source, seed
-        layers = {"kept": list(cut.layer_origin), "of": len(done.dense.layers)}
         draft.receipts = {"stages": done.stages, "quality": done.quality, "layers": layers}
 
 

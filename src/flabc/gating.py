@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flabc import api, artifact
-from flabc.artifact import Artifact
+from flabc.artifact import MANIFEST, Artifact
 from flabc.errors import ArtifactError, UsageError, require
 from flabc.frozen import Frozen
 from flabc.perf import gate, gates, verdict_files
@@ -169,7 +169,7 @@ def baseline(
 
     Args:
         engine: its folder.
-        output: the file, or a folder that is there; the file is then named after the class of machine.
+        output: the file, or a folder with those of other classes of machine; see ``baseline_file``.
         config: a gates file, or its content.
         corpus: the text for prompts, of which the held-out side is used.
         force: replace a file that is there.
@@ -178,9 +178,7 @@ def baseline(
         ArtifactError: if the file is there and ``force`` is not given.
         FlabcError: see ``flabc.errors``.
     """
-    out = Path(output)
-    if out.is_dir():
-        out /= f"{re.sub('[^a-z0-9]+', '-', machine_class(environment()).lower())}.json"
+    out = baseline_file(output)
     if out.exists() and not force:
         raise ArtifactError(f"{out} exists.", fix="Choose another name, or pass --force to replace it.")
     asked = config if isinstance(config, Gates) else gates.load(Path(config))
@@ -191,6 +189,12 @@ def baseline(
     return made
 
 
+def baseline_file(output: str | Path) -> Path:
+    """Where a baseline goes: the file, or in a folder, which is all that does not end in .json, one named by class."""
+    out = Path(output)
+    return out if out.suffix == ".json" else out / f"{re.sub('[^a-z0-9]+', '-', machine_class().lower())}.json"
+
+
 def prompts(corpus: str, workload: Workload) -> list[str]:
     """Held-out texts for prompts, one for each round."""
     from flabc.compress.data import corpus as held_out
@@ -199,9 +203,12 @@ def prompts(corpus: str, workload: Workload) -> list[str]:
 
 
 def _stored(against: Path) -> Baseline | None:
-    """A baseline's file, or a folder of nothing but such; None for what is an engine, or should be."""
-    files = list(against.iterdir()) if against.is_dir() else [against]
-    return Baseline.read(against) if files and all(file.suffix == ".json" for file in files) else None
+    """A baseline's file, or that of this machine in a folder; None for what is an engine, or should be."""
+    if not against.is_dir():
+        return Baseline.read(against) if against.suffix == ".json" else None
+    files = [file for file in against.iterdir() if not file.name.startswith(".") and file.suffix != ".md"]
+    is_engine = (against / MANIFEST).is_file() or any(file.suffix != ".json" for file in files)
+    return None if is_engine else Baseline.read(against)
 
 
 def _openings(engine: Path, against: Path | Baseline, asked: Gates, corpus: str) -> Iterator[Opening]:

@@ -41,6 +41,7 @@ class Recovered(Frozen):
     path: Path
     method: str
     kl_weight: float
+    hidden_weight: float = 0.0
     teacher: str | None
     data: str
     examples: int
@@ -124,7 +125,7 @@ def recover(
         followed = None
         if source is not None:
             ids = _teachers_ids(made.path, source.folder, model.token_origin)
-            layers = _teachers_layers(made, source.spec) if options.hidden_weight else ()
+            layers = _teachers_layers(made, model.spec, source.spec) if options.hidden_weight else ()
             followed = recover.as_teacher(recover.open_model(source.folder, source.spec, dtype), ids, layers, device)
         trained = recover.train(
             recover.open_model(made.path, model.spec),
@@ -243,20 +244,24 @@ def _teachers_ids(student: Path, teacher: Path, known: Sequence[int]) -> list[in
     return ids
 
 
-def _teachers_layers(student: Artifact, teacher: ModelSpec) -> Sequence[int]:
-    """The teacher's number of each of the student's layers, by what the student says that it was cut from.
+def _teachers_layers(made: Artifact, student: ModelSpec, teacher: ModelSpec) -> Sequence[int]:
+    """The teacher's number of each of the student's layers, by what the student's folder says that it was cut from.
 
     Raises:
-        ModelError: if the teacher has another number of layers, so that nobody knows which stands for which.
+        ModelError: if the folder does not say it, or the teacher has other layers or longer hidden states.
     """
-    assert student.manifest.spec is not None
-    own = range(len(student.manifest.spec.layers))
-    said = student.manifest.receipts.get("layers", {"kept": list(own), "of": len(own)})
-    if said["of"] != len(teacher.layers):
+    said = made.manifest.receipts.get("layers")
+    if said is None:
         raise ModelError(
-            "Hidden states can be compared with those of the model that this one was cut from, and this is another.",
-            expected=f"{said['of']} layers",
-            found=str(len(teacher.layers)),
+            f"{made.path} does not say which layers of the dense model it kept, so hidden states cannot be compared.",
+            fix="Compress it anew with this version, or leave --hidden-weight away.",
+        )
+    expected, found = (said["of"], student.hidden_size), (len(teacher.layers), teacher.hidden_size)
+    if expected != found:
+        raise ModelError(
+            "Hidden states are compared with those of the model that this one was cut from, and this is another.",
+            expected="{} layers of hidden size {}".format(*expected),
+            found="{} of {}".format(*found),
             fix="Give that model as --teacher, or leave --hidden-weight away.",
         )
     kept: Sequence[int] = said["kept"]
@@ -298,6 +303,7 @@ def _told(
         path=output,
         method=options.method,
         kl_weight=options.share_of_kl(teacher=teacher is not None),
+        hidden_weight=options.hidden_weight,
         teacher=teacher,
         data=digest,
         examples=len(train),

@@ -21,11 +21,11 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.nn import functional
 
 from flabc import recipe
-from flabc.compress import load, pipeline, stage
+from flabc.compress import load, pipeline, recover, stage
 from flabc.compress.config import Calibration, LayersConfig, RecoverConfig, Target, VocabConfig, WidthsConfig
 from flabc.compress.data import corpus
 from flabc.compress.data.corpus import Document
-from flabc.compress.model import CausalLM, TokenizerFiles
+from flabc.compress.model import CausalLM, TokenizerFiles, cut_layers
 from flabc.compress.stage import Plan, Stage
 from flabc.errors import CorpusError, ModelError, StageError
 from flabc.families import FAMILIES
@@ -85,6 +85,27 @@ def test_a_recipe_may_prune_recover_and_prune_again(tied: CausalLM, calibration:
     assert all(torch.equal(worse.weights[name], first.weights[name]) for name in first.spec.shapes())  # type: ignore[arg-type]
     with pytest.raises(StageError, match="recover stage's sequences"):
         pipeline.run_stages(first, [learn.model_copy(update={"sequences": 10**6})], context)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_training_between_cuts_follows_the_hidden_states_of_the_layers_that_stayed(
+    tied: CausalLM, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone, too: the dense model is opened although no KL counts."""
+    asked, own = list[list[int]](), recover.as_teacher
+
+    def spied(model: Any, ids: Any, layers: Sequence[int], device: str) -> recover.Teacher:
+        asked.append(list(layers))
+        return own(model, ids, layers, device)
+
+    monkeypatch.setattr(recover, "as_teacher", spied)
+    how = {"method": "lora", "kl_weight": 0.0, "hidden_weight": 50.0, "sequences": 20, "max_length": 48, "batch": 2}
+    learn = RecoverConfig.model_validate({**how, "learning_rate": 3e-3})
+    context = pipeline.context_of(tied, None, calibration, "cpu", 0)
+    _, (receipt,) = pipeline.run_stages(cut_layers(tied, [1, 2]), [learn], context)
+    assert asked == [[1, 2]]
+    assert receipt.details["after"]["hidden"] < receipt.details["before"]["hidden"]
+    assert "nats" not in receipt.summary
 
 
 @pytest.mark.parametrize("family", FAMILIES)

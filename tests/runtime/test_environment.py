@@ -5,6 +5,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 
 from flabc.runtime.measure import environment
@@ -32,15 +33,40 @@ def test_the_revision_is_that_of_the_folder(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_gpu_is_asked_by_its_own_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tool := tmp_path / "nvidia-smi").write_text('#!/bin/sh\necho "$@" >&2\necho "H100, 550.1, 1980 MHz"\n')
+    tool, asked = tmp_path / "nvidia-smi", tmp_path / "asked"
+    tool.write_text(f'#!/bin/sh\necho "$@" > {asked}\necho "H100, 550.1, 1980 MHz"\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     told = environment.nvidia_smi()
     assert told == {"name": "H100", "driver_version": "550.1", "clocks.sm": "1980 MHz"}
+    assert asked.read_text().startswith("--query-gpu=name,driver_version,clocks.sm,")
     tool.write_text("#!/bin/sh\necho no devices were found\nexit 6\n")
-    assert environment.nvidia_smi() == "no devices were found"
+    assert environment.nvidia_smi() is None
+    tool.write_text("#!/bin/sh\nexec sleep 60\n")
+    monkeypatch.setattr(environment, "TELL_S", 0.2)
+    assert environment.nvidia_smi() is None  # a driver that hangs
     monkeypatch.setenv("PATH", "/nowhere")
     assert environment.nvidia_smi() is None
+
+
+def test_what_the_system_does_not_tell_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent() -> None:
+        raise NotImplementedError("can't find current frequency file")
+
+    monkeypatch.setattr(psutil, "cpu_freq", silent)
+    monkeypatch.setattr(psutil, "sensors_temperatures", dict, raising=False)
+    monkeypatch.setattr(environment, "GOVERNOR", tmp_path)  # a folder: reading it fails
+    found = environment.environment()
+    assert (found["cpu_mhz"], found["governor"], found["cpu_temperature_c"]) == (None, None, None)
+
+
+def test_arm_processors_are_told_apart_by_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (info := tmp_path / "cpuinfo").write_text(
+        "Features\t: fp asimd asimddp i8mm bf16 sve\nCPU implementer\t: 0x41\nCPU part\t: 0xd4f\n"
+    )
+    monkeypatch.setattr(environment, "CPU_INFO", info)
+    assert environment.cpu_name().endswith(" 0x41 0xd4f")
+    assert environment.machine_class().endswith("asimddp, i8mm, bf16, sve")
 
 
 def test_features_are_those_that_linux_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

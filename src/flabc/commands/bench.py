@@ -131,14 +131,14 @@ def bench(
     loads: dict[str, Any] = {"concurrency": concurrency or (), "arrival_rate": arrival_rate or ()}
     loaded = bool(concurrency or arrival_rate)
     if shape is not None or cut is not None:
+        given = click.get_current_context().get_parameter_source
+        for option in ("suite", "provider", "corpus", "grid_intensity", "requests", "max_batch", "openings", "budget"):
+            if given(option) is ParameterSource.COMMANDLINE:
+                raise UsageError(f"--{option.replace('_', '-')} says nothing of a shape.", fix="Leave it away.")
         if shape is None or engine or baseline or sweep or loaded:
             raise UsageError(
                 "--shape stands alone: with --cut, one length, one batch, no load, and no ENGINE or --baseline."
             )
-        given = click.get_current_context().get_parameter_source
-        for option in ("provider", "corpus", "grid_intensity", "requests", "max_batch", "openings", "budget", "suite"):
-            if given(option) is ParameterSource.COMMANDLINE:
-                raise UsageError(f"--{option.replace('_', '-')} says nothing of a shape.", fix="Leave it away.")
         measured = api.bench_shape(shape, cut or "0.22", workload=first, output=output, force=force)
         data = measured.model_dump(mode="json") | {"figures": measured.figures().model_dump(mode="json")}
         emit(as_json, data, lambda: _show_shape(measured))

@@ -116,7 +116,11 @@ def noise(context: click.Context, engine: Path, config: Path, corpus: str, as_js
 @click.argument("engine", type=click.Path(path_type=Path))
 @GATES
 @click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), help="The JSON file to commit, or its folder."
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The .json file to commit, or a folder for one engine's baselines: one for each class of machine.",
 )
 @CORPUS
 @FORCE
@@ -125,14 +129,18 @@ def baseline(engine: Path, config: Path, output: Path, corpus: str, force: bool,
     """Measure ENGINE in multiples of what this machine can do at best, to compare with later.
 
     \b
-    flabc gate baseline engine --gates gates.yaml -o perf/baseline/engine.json
     flabc gate baseline engine --gates gates.yaml -o perf/baseline
+    flabc gate baseline engine --gates gates.yaml -o engine-on-this-runner.json
     """
     from flabc import gating
 
     with _no_verdict():
         made = gating.baseline(engine, output, config=config, corpus=corpus, force=force)
-    emit(as_json, made, lambda: click.echo(f"{output}: {len(made.openings)} openings on {made.machine_class}"))
+    emit(
+        as_json,
+        made,
+        lambda: click.echo(f"{gating.baseline_file(output)}: {len(made.openings)} openings on {made.machine_class}"),
+    )
 
 
 @contextmanager

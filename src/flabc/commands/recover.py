@@ -116,12 +116,18 @@ def recover(
         emit(as_json, found, lambda: _show(found))
 
 
+def _unit(name: str, found: Recovered) -> str:
+    """What a loss counts; a sum of nats and shares has no unit."""
+    if name == "hidden":
+        return "of the teacher's states, "
+    return "" if name == "loss" and found.hidden_weight else "nats a token "
+
+
 def _show(found: Recovered) -> None:
     for name, before in found.before.items():
         after = found.after[name]
         if before is not None and after is not None:
-            unit = "of the teacher's states" if name == "hidden" else "nats a token"
-            click.echo(f"{name:<6} {before:.4f} → {after:.4f} {unit} on dev")
+            click.echo(f"{name:<6} {before:.4f} → {after:.4f} {_unit(name, found)}on dev")
     click.echo(f"{found.steps} steps, {found.tokens:,} tokens learnt; the state of step {found.best_step}", err=True)
     if (found.after["loss"] or 0) >= (found.before["loss"] or 0):
         click.echo("training did not help: the loss on dev is no lower than before", err=True)
