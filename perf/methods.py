@@ -36,7 +36,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 #: Text that the vocabulary is chosen on, and text that is listened to.
 VOCABULARY = ["python-stdlib", "python-packages", "english"]
-CALIBRATION = {"corpus": ["python-stdlib", "python-packages"], "sequences": 128, "sequence_length": 512}
+CALIBRATION: dict[str, Any] = {"corpus": ["python-stdlib", "python-packages"], "sequences": 128, "sequence_length": 512}
 
 #: How much is left: of all parameters, or of those inside the layers.
 TARGETS: dict[str, dict[str, float]] = {
@@ -74,6 +74,7 @@ class Method:
         target: whether the stages are told the target; else they count for themselves.
         generated: listen to as much of the dense model's own text as of each corpus, beside these.
         first_tokens: hear so many tokens more, each as the first of a text.
+        times: listen to so many times the text of the others.
         sizes: at which it is made.
     """
 
@@ -83,6 +84,7 @@ class Method:
     target: bool = True
     generated: bool = False
     first_tokens: float = 0.0
+    times: int = 1
     sizes: Collection[str] = tuple(TARGETS)
 
 
@@ -143,6 +145,13 @@ METHODS = {
     "ours-unrestored": Method("flabc without restoration", ours(restore=False), first_tokens=FIRST_TOKENS),
     "ours": Method("flabc", ours(restore=True), first_tokens=FIRST_TOKENS),
     "ours-kl": Method("flabc, rates by KL", ours(restore=True, allocation="kl"), first_tokens=FIRST_TOKENS),
+    "ours-kl-more": Method(
+        "flabc, rates by KL, four times the text",
+        ours(restore=True, allocation="kl"),
+        first_tokens=FIRST_TOKENS,
+        times=4,
+        sizes=("all-22", "all-35"),
+    ),
     "ours-rows": Method("flabc, vocabulary alone", vocabulary_alone, sizes=("all-22",)),
     "ours-text-unrestored": Method("flabc without restoration, on texts alone", ours(restore=False)),
     "ours-text": Method("flabc, on texts alone", ours(restore=True)),
@@ -354,7 +363,8 @@ def recipe_of(key: str, method: Method, dense: ModelSpec, left: int, size: str) 
     """A cell's recipe."""
     stages = method.stages(dense, left, ROWS.get(size))
     target = {"target": {"params": left}} if method.target else {}
-    calibration = {**CALIBRATION, "generated": method.generated, "first_tokens": method.first_tokens}
+    heard = {"sequences": method.times * CALIBRATION["sequences"], "first_tokens": method.first_tokens}
+    calibration = {**CALIBRATION, "generated": method.generated, **heard}
     return parse({"name": key, **target, "calibration": calibration, "stages": stages}, key)
 
 

@@ -111,6 +111,17 @@ def test_rows_that_listened_to_another_text_are_no_rivals(
     assert table.cells["blocks-22/wanda-sp"]["calibration"] != "f" * 64
 
 
+def test_all_methods_listen_to_as_much_but_the_one_that_says_so() -> None:
+    dense = shape_named("qwen2.5-coder-0.5b")
+    heard = {
+        name: methods.recipe_of(name, method, dense, round(0.65 * dense.num_parameters), "all-35").calibration.sequences
+        for name, method in methods.METHODS.items()
+        if "all-35" in method.sizes
+    }
+    assert heard.pop("ours-kl-more") == 4 * 128
+    assert set(heard.values()) == {128}
+
+
 def test_rows_alone_are_as_many_as_the_size_leaves() -> None:
     dense = shape_named("qwen2.5-coder-0.5b")
     left = round(0.78 * dense.num_parameters)
