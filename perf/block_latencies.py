@@ -23,7 +23,7 @@ from flabc.compress.model import CausalLM, cut_channels, cut_heads, cut_sub_bloc
 from flabc.compress.search.latencies import Latencies
 from flabc.errors import UsageError
 from flabc.perf.making import write
-from flabc.runtime.measure.environment import environment
+from flabc.runtime.measure.environment import cpu_name
 from flabc.runtime.measure.race import race
 from flabc.runtime.measure.result import Workload
 
@@ -58,7 +58,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory(prefix="flabc-", dir=asked.output.absolute().parent) as work:
         steps = time_steps(model, sizes_of(model, asked.widths), asked.precision, workload, Path(work))
-    cpu = environment()["cpu"]
+    cpu = cpu_name()
     said = f"{model.source.name}, {asked.precision}, batch {asked.batch} behind {asked.prompt_tokens} tokens, {cpu}"
     table = table_of(model, steps, said)
     artifact.write_whole(asked.output, table.model_dump_json(indent=1) + "\n")

@@ -17,7 +17,7 @@ from flabc.compress.pipeline import StageReceipt
 from flabc.compress.stage import Context, encoder
 from flabc.frozen import Frozen
 from flabc.recipe import Recipe
-from flabc.runtime.measure.environment import environment
+from flabc.runtime.measure.environment import cpu_name
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Maker:
             "vocab_size": cut.spec.vocab_size,
             "layers": shape if len({json.dumps(layer) for layer in shape}) > 1 else [len(shape), shape[0]],
             "seconds": round(made.seconds + sum(receipt.seconds for receipt in made.receipts), 1),
-            "cpu": environment()["cpu"],
+            "cpu": cpu_name(),
             "calibration": self.fingerprint(recipe.calibration),
             "stages": [receipt.summary for receipt in made.receipts],
         }

@@ -276,9 +276,10 @@ def _layers(model: str, cut: CausalLM, dense: CausalLM) -> dict[str, Any] | None
 
     None where it was cut by a version that did not say so.
     """
-    if not (Path(model) / artifact.MANIFEST).is_file():
+    if not Artifact.is_at(model):
         return {"kept": list(cut.layer_origin), "of": len(dense.spec.layers)}
-    before = Artifact.open(model).manifest.receipts.get("layers")
+    # The files were read already: hashing all of a large model again would take as long.
+    before = artifact.read_manifest(Path(model)).receipts.get("layers")
     return before and {"kept": [before["kept"][layer] for layer in cut.layer_origin], "of": before["of"]}
 
 

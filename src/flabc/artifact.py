@@ -100,7 +100,7 @@ class Artifact:
                 changed, or cannot be read; the file is named.
         """
         path = Path(path)
-        manifest = _read_manifest(path)
+        manifest = read_manifest(path)
         if kind is not None and manifest.kind != kind:
             raise ArtifactError(f"{path} is of the wrong kind.", expected=f"kind {kind!r}", found=f"{manifest.kind!r}")
         for name, digest in manifest.files.items():
@@ -288,7 +288,12 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def _read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Path) -> Manifest:
+    """What a folder says of itself, its files unverified.
+
+    Raises:
+        ArtifactError: if it is no artifact, or of another schema.
+    """
     file = path / MANIFEST
     if not file.is_file():
         raise ArtifactError(f"{path} is not a flabc artifact.", expected=f"a folder with {MANIFEST}")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flabc import api, artifact
-from flabc.artifact import MANIFEST, Artifact
+from flabc.artifact import Artifact
 from flabc.errors import ArtifactError, UsageError, require
 from flabc.frozen import Frozen
 from flabc.perf import gate, gates, verdict_files
@@ -207,7 +207,7 @@ def _stored(against: Path) -> Baseline | None:
     if not against.is_dir():
         return Baseline.read(against) if against.suffix == ".json" else None
     files = [file for file in against.iterdir() if not file.name.startswith(".") and file.suffix != ".md"]
-    is_engine = (against / MANIFEST).is_file() or any(file.suffix != ".json" for file in files)
+    is_engine = Artifact.is_at(against) or any(file.suffix != ".json" for file in files)
     return None if is_engine else Baseline.read(against)
 
 
