@@ -178,3 +178,10 @@ def test_a_budget_learns_from_what_was_spent() -> None:
     assert (budget.left_s, budget.expected_s(10)) == (70, 30)
     budget.spend(80)
     assert budget.left_s == 0
+
+
+def test_a_budget_that_is_no_time_is_refused_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_suite.seconds("10m") == 600
+    with pytest.raises(SystemExit):
+        gpu_suite.main(["-o", "out", "--budget", "10"])
+    assert "'10' is no time; expected a number and s, m or h" in capsys.readouterr().err
