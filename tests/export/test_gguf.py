@@ -173,7 +173,7 @@ def test_a_pruned_model_with_a_cut_vocabulary_comes_back(folder: Make, tmp_path:
     assert done.spec.layers[0].intermediate_size < 80
     manifests = [Artifact.open(tmp_path / name).manifest for name in ("pruned", "out")]
     assert manifests[0].recipe == manifests[1].recipe
-    assert manifests[1].receipts.keys() == {"stages", "quality", "parity"}
+    assert manifests[1].receipts.keys() == {"stages", "layers", "quality", "parity"}
     ours, theirs = (
         Tokenizer.from_str(json.dumps(load.read_tokenizer(locate(str(place))).tokenizer))
         for place in (tmp_path / "pruned", tmp_path / "out" / gguf_writer.FILE)
