@@ -188,10 +188,19 @@ class WidthsConfig(Amount):
 
 
 class RestoreConfig(Amount):
-    """Refit every output projection in turn, so that the cut model's hidden states follow the dense model's."""
+    """Refit every projection in turn, so that the cut model's hidden states follow the dense model's."""
 
     stage: Literal["restore"] = "restore"
-    damping: float = Field(0.01, gt=0, description="Pull towards the weights as they are, as a share of the inputs.")
+    damping: float | None = Field(
+        None,
+        gt=0,
+        description="Pull towards the weights as they are, as a share of each input's square; without it, for each "
+        "refit what serves calibration text best that the refit did not hear.",
+    )
+    inputs: bool = Field(
+        True,
+        description="Refit the projections at the beginning of each sub-block too, to receive what the dense ones do.",
+    )
 
 
 class Recovery(Frozen):

@@ -51,7 +51,8 @@ def streams(
     """
     limit = memory or psutil.virtual_memory().available
     work = workspace_bytes(spec, stages, calibration, dtype)
-    resident = 2 * stored_bytes + work  # the dense model and the cut one
+    restores = any(isinstance(stage, RestoreConfig) for stage in stages)
+    resident = (3 if restores else 2) * stored_bytes + work  # the dense model, the cut one, and what is refitted of it
     if resident <= limit:
         return False
     if can_stream and work <= limit and not calibration.generated:
@@ -97,7 +98,7 @@ def workspace_bytes(spec: ModelSpec, stages: Sequence[Frozen], calibration: Cali
                 variants = len(spec.layers) * len(stage.of) * len(SHARES) + 2
                 needs.append(variants * stage.sequences * calibration.sequence_length * hidden * computed)
         if isinstance(stage, RestoreConfig):
-            states = tokens * hidden * (3 * computed + 3 * 4) + tokens * width * computed
+            states = tokens * hidden * (4 * computed + 3 * 4) + tokens * width * computed
             if family_named(spec.family).normed_outputs:  # what projections give is kept too, dense and cut
                 states += 5 * tokens * hidden * computed
             needs.append(states + 3 * 8 * width**2)

@@ -1,9 +1,10 @@
 """Restoration: after a cut, refit what is left to what was there, in closed form and without training.
 
-``refit`` repairs one projection whose inputs were cut. The restore stage goes through the whole model: sub-block after
-sub-block, each output projection is refitted so that the cut model's hidden states, as they are after all the cuts
-below, follow the dense model's. It also makes up for layers that are gone, which no local refit can. Where a norm
-stands between a projection and the hidden states, as in Gemma, it is what the dense projection gave that is followed.
+``refit`` repairs one projection whose inputs were cut. The restore stage goes through the whole model, sub-block after
+sub-block. The projections that a sub-block begins with are refitted to what they get from the cut layers below; the one
+that ends it, so that the cut model's hidden states follow the dense model's. It also makes up for layers that are gone,
+which no local refit can. Where a norm stands between a projection and the hidden states, as in Gemma, it is what the
+dense projection gave that is followed.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from flabc.console import progress
+from flabc.families import Axis, Part
 
 from . import bias
 from .config import RestoreConfig
-from .gram import DAMPING, Gram, damped, pieces
+from .gram import DAMPING, damped
 from .model import CausalLM, cut_vocab
+from .ridge import FIRST, Fit, Ridge, parts
 from .stage import Context, Plan, Stage
 from .stored import Weight, loaded
 from .walk import Decision, Walk, dense_variant
@@ -28,45 +31,49 @@ from .walk import Decision, Walk, dense_variant
 #: The projections that end sub-blocks, in their order, and what a layer is up to there from the one before.
 OUTPUTS = {"o": Decision(ffn=False), "down": Decision(attention=False)}
 
+#: The norms before the sub-blocks that they end, and the part that a sub-block's tensors belong to.
+NORMS = {"o": "attention_norm", "down": "ffn_norm"}
+PARTS = {"o": Part.ATTENTION, "down": Part.FFN}
+
 #: The norms behind them, in families that have any.
 OUTPUT_NORMS = {"o": "attention_output_norm", "down": "ffn_output_norm"}
 
 
 @dataclass(frozen=True)
 class RestorePlan(Plan):
-    """The refitted output projections, (D, F), and their biases, (D,), by checkpoint name, in the model's dtype."""
+    """The refitted projections, and biases of those that end a sub-block, by checkpoint name, in the model's dtype."""
 
     refitted: Mapping[str, Weight] = field(default_factory=dict)
 
 
 def plan(model: CausalLM, config: RestoreConfig, context: Context) -> RestorePlan:
-    """Refit every sub-block's output projection to the dense model."""
+    """Refit every sub-block's projections to the dense model."""
     if not _narrower(model, context.dense):
         return RestorePlan("restore: no layer was cut; nothing to restore")
     tokens = context.tokens(model)
     firsts = context.firsts(model, tokens)
     walk = Walk(model, tokens, context.device, context.dtype, firsts=firsts)
     hidden, texts, fetched = walk.embed(), len(tokens), walk.fetched()
-    refitted, count, before, after = dict[str, Weight](), 0, 0.0, 0.0
+    fits = _Fits(model, config, context, texts, tokens.shape[1])
+    before = after = 0.0
     with torch.no_grad(), progress("restoring layers", len(model.spec.layers)) as advance:
         for layer, aims in enumerate(dense_states(model, context, tokens, firsts)):
             weights = next(fetched)
             for role, aim in aims.items():
                 if not _has(model, role, layer):
                     continue
+                if config.inputs:
+                    norm = walk.layer(layer, OUTPUTS[role], weights).get_submodule(_inner(model, NORMS[role], layer))
+                    weights = fits.inputs(role, layer, weights, norm, aim.start, hidden.to(walk.dtype))
                 block = _through(walk, layer, role, weights, hidden)
                 before = _distance(block.hidden[:texts], aim.hidden[:texts])
-                changes, step = _refit(model, role, layer, block.lacks(aim), block.inputs, config.damping)
-                for name, by in changes.items():
-                    refitted[name] = context.keep(loaded(model.weights[name]).float() + by.cpu(), model)
-                hidden = block.changed(step)
+                hidden = block.changed(fits.output(role, layer, block, aim))
                 after = _distance(hidden[:texts], aim.hidden[:texts])
-                count += 1
             del weights
             advance(1)
-    details = {"refitted": count, "last_layer_before": round(before, 6), "last_layer": round(after, 6)}
-    summary = f"restore: {count} output projections refitted; last hidden states {after:.2%} from dense"
-    return RestorePlan(summary, details, refitted)
+    details = {"refitted": len(fits.refitted), "last_layer_before": round(before, 6), "last_layer": round(after, 6)}
+    summary = f"restore: {len(fits.refitted)} tensors refitted; last hidden states {after:.2%} from dense"
+    return RestorePlan(summary, {**details, "dampings": fits.dampings}, fits.refitted)
 
 
 def apply(model: CausalLM, plan: RestorePlan) -> CausalLM:
@@ -82,10 +89,12 @@ class Aim:
     """What the dense model has where a sub-block ends.
 
     Args:
+        start: the hidden states that it receives, (N, T, D).
         hidden: the hidden states behind it, (N, T, D).
         output: what its output projection gives, (N * T, D), if a norm follows that.
     """
 
+    start: Tensor
     hidden: Tensor
     output: Tensor | None = None
 
@@ -119,53 +128,101 @@ def dense_states(model: CausalLM, context: Context, tokens: Tensor, firsts: Tens
     stream = walk.stream(dense_variant(dense.spec), listener if model.family.normed_outputs else None)
     ends = [*model.layer_origin[:-1], len(dense.spec.layers) - 1]
     for origin, end in zip(model.layer_origin, ends, strict=True):
-        aims, own = dict[str, Aim](), dict[str, Tensor]()
-        for index, (_, between, after) in stream:
+        aims, own, middle = dict[str, Aim](), dict[str, Tensor](), torch.empty(0)
+        for index, (before, between, after) in stream:
             if index == origin:
                 own = {role: torch.cat(outputs.pop(role)) for role in list(outputs)}
-                aims["o"] = Aim(between, own.get("o"))
+                aims["o"], middle = Aim(before, between, own.get("o")), between
             if index == end:
-                yield {**aims, "down": Aim(after, own.get("down"))}
+                yield {**aims, "down": Aim(middle, after, own.get("down"))}
                 break
 
 
-def _refit(
-    model: CausalLM, role: str, layer: int, gap: Tensor, inputs: Tensor, damping: float
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The changes of a projection and its bias, by checkpoint name, and what they add to its output, (N * T, D)."""
-    shifted = bias.name_of(model, role, layer)
-    change, shift = explain(gap, inputs, damping, intercept=shifted is not None)
-    changes = {model.name(role, layer): change} | ({shifted: shift} if shifted else {})
-    return changes, inputs @ change.T.to(inputs.dtype) + shift
-
-
-def explain(gap: Tensor, inputs: Tensor, damping: float, *, intercept: bool = False) -> tuple[Tensor, Tensor]:
-    """The change of a projection, and of its bias, that makes up best for a gap in its output.
-
-    Minimises ||gap - X Δᵀ - δ||² + λ ||Δ||² over Δ, and over δ if there is a bias.
+class _Fits:
+    """The refits of a model's projections, made one after another.
 
     Args:
-        gap: what the output lacks, (tokens, D).
-        inputs: what the projection receives, X, (tokens, F).
-        damping: λ as a share of the mean diagonal of XᵀX.
-        intercept: whether there is a bias.
-
-    Returns:
-        Δ, (D, F), and δ, (D,), nought without a bias; float32.
+        model: the cut model.
+        config: the recipe's stage.
+        context: where to compute, and where to keep what comes out.
+        texts: N, how many texts are heard.
+        length: T, tokens of each; what is heard behind the texts are first tokens.
     """
-    gram = Gram(inputs.shape[1], inputs.device)
-    gram.add(inputs)
-    right = torch.zeros(inputs.shape[1], gap.shape[1], device=inputs.device)
-    for part, lacking in zip(pieces(inputs), pieces(gap), strict=True):
-        right.addmm_(part.T, lacking)
-    left = gram.matrix()
-    if not intercept:
-        return _solve(left.double(), right.double(), damping).T.float(), gap.new_zeros(gap.shape[1])
-    mean, lacks = inputs.mean(0, dtype=torch.float32), gap.mean(0)
-    left.addr_(mean, mean, alpha=-len(gap))
-    right.addr_(mean, lacks, alpha=-len(gap))
-    change = _solve(left.double(), right.double(), damping).T.float()
-    return change, (lacks.double() - change.double() @ mean.double()).float()  # see units.cut_projection
+
+    def __init__(self, model: CausalLM, config: RestoreConfig, context: Context, texts: int, length: int) -> None:
+        self.model, self.config, self.context, self.texts, self.length = model, config, context, texts, length
+        self.refitted: dict[str, Weight] = {}
+        self.dampings: dict[str, list[float | None]] = {}
+
+    def inputs(
+        self, role: str, layer: int, weights: Mapping[str, Tensor], norm: nn.Module, start: Tensor, hidden: Tensor
+    ) -> dict[str, Tensor]:
+        """Refit what receives the hidden states of a sub-block, behind its norm.
+
+        All of these projections W see the same x̂ where the dense ones see x. So there is one change E for all, that
+        with the least ||x - x̂ - E x̂||², and W + W E takes the place of W. It follows the layers below as they are now,
+        as GPTAQ does when it rounds (Li et al., 2025).
+
+        Args:
+            role: of the projection that ends the sub-block.
+            layer: its number.
+            weights: the layer's.
+            norm: the one before the sub-block.
+            start: the dense model's hidden states there, (N, T, D).
+            hidden: those of the cut model, (N, T, D).
+
+        Returns:
+            the layer's weights.
+        """
+        ridge = Ridge(hidden.shape[-1], hidden.shape[-1], hidden.device)
+        wanted, found = start.to(hidden.dtype).flatten(0, 1), hidden.flatten(0, 1)
+        for part, aside in self._parts(len(found)):
+            received = norm(found[part])
+            ridge.add(received, norm(wanted[part]).float() - received.float(), aside=aside)
+        fit = self._fit(ridge, f"{role}_inputs")
+        weights = dict(weights)
+        for slot in self.model.family.layer_tensors if fit.damping else ():
+            inner = self.model.inner_name(slot.role, layer)
+            if slot.part is PARTS[role] and slot.axes[1:] == (Axis.HIDDEN,) and inner in weights:
+                name = self.model.name(slot.role, layer)
+                dense = loaded(self.model.weights[name]).to(fit.change.device).float()
+                changed = dense + dense @ fit.change
+                weights[inner] = changed.to(weights[inner].dtype)
+                self.refitted[name] = self.context.keep(changed, self.model)
+        return weights
+
+    def output(self, role: str, layer: int, block: _Block, aim: Aim) -> Tensor:
+        """Refit the projection that ends a sub-block, and its bias: what they add to its output, (N * T, D).
+
+        Errors count as shares of what is to be there, as the norm that comes next sees them; so the huge states of
+        first tokens count no more than others.
+        """
+        shifted = bias.name_of(self.model, role, layer)
+        gap, wanted = block.lacks(aim), (aim.hidden.flatten(0, 1) if aim.output is None else aim.output)
+        ridge = Ridge(block.inputs.shape[1], gap.shape[1], gap.device, intercept=shifted is not None)
+        for part, aside in self._parts(len(gap)):
+            ridge.add(block.inputs[part], gap[part], _scale(wanted[part]), aside=aside)
+        fit = self._fit(ridge, role)
+        changes = {self.model.name(role, layer): fit.change} | ({shifted: fit.shift} if shifted else {})
+        for name, by in changes.items() if fit.damping else ():
+            self.refitted[name] = self.context.keep(loaded(self.model.weights[name]).float() + by.cpu(), self.model)
+        return block.inputs @ fit.change.T.to(block.inputs.dtype) + fit.shift
+
+    def _parts(self, tokens: int) -> Iterator[tuple[slice, bool]]:
+        return parts(self.texts, self.length, tokens - self.texts * self.length)
+
+    def _fit(self, ridge: Ridge, kind: str) -> Fit:
+        chosen = self.dampings.setdefault(kind, [])
+        last = next((each for each in reversed(chosen) if each is not None), FIRST)
+        fit = ridge.fit(self.config.damping, FIRST if self.config.damping else last)
+        chosen.append(fit.damping)
+        return fit
+
+
+def _scale(wanted: Tensor) -> Tensor:
+    """The power of two next to what brings each token's states to a mean square of one, (tokens, D) to (tokens, 1)."""
+    square = wanted.float().square().mean(1, keepdim=True)
+    return (-0.5 * square.clamp(min=torch.finfo(torch.float32).tiny).log2()).round().exp2()
 
 
 def refit(weight: Tensor, gram: Tensor, keep: Tensor, damping: float = DAMPING) -> Tensor:

@@ -119,13 +119,18 @@ def flap(*of: str) -> Callable[..., Stages]:
     return lambda *_: [{**stage, "multiple_of": 1}]
 
 
-def ours(*, restore: bool, allocation: str = "uniform") -> Callable[[ModelSpec, int, int | None], Stages]:
+#: Restored as the recipes do it, and as they did before: every fit damped alike, and none of what begins a sub-block.
+RESTORED: Stages = [{"stage": "restore"}]
+DAMPED: Stages = [{"stage": "restore", "damping": 0.01, "inputs": False}]
+
+
+def ours(restored: Stages, *, allocation: str = "uniform") -> Callable[[ModelSpec, int, int | None], Stages]:
     """Vocabulary first, then channels one after another; restored in sequence or not."""
 
     def stages(_: ModelSpec, __: int, rows: int | None) -> Stages:
         cut = {"stage": "vocab", "corpus": VOCABULARY, "max_size": rows}
         narrowed = {"stage": "widths", "score": "obs", "restore": False, "multiple_of": 16, "allocation": allocation}
-        return [*([cut] if rows else []), narrowed, *([{"stage": "restore"}] if restore else [])]
+        return [*([cut] if rows else []), narrowed, *restored]
 
     return stages
 
@@ -142,20 +147,24 @@ METHODS = {
     "wanda-sp": Method("Wanda-sp, uniform", wanda_sp),
     "flap": Method("FLAP", flap("ffn", "heads")),
     "flap-channels": Method("FLAP, channels only", flap("ffn")),
-    "ours-unrestored": Method("flabc without restoration", ours(restore=False), first_tokens=FIRST_TOKENS),
-    "ours": Method("flabc", ours(restore=True), first_tokens=FIRST_TOKENS),
-    "ours-kl": Method("flabc, rates by KL", ours(restore=True, allocation="kl"), first_tokens=FIRST_TOKENS),
+    "ours-unrestored": Method("flabc without restoration", ours([]), first_tokens=FIRST_TOKENS),
+    "ours": Method("flabc", ours(RESTORED), first_tokens=FIRST_TOKENS),
+    "ours-kl": Method("flabc, rates by KL", ours(RESTORED, allocation="kl"), first_tokens=FIRST_TOKENS),
     "ours-kl-more": Method(
         "flabc, rates by KL, four times the text",
-        ours(restore=True, allocation="kl"),
+        ours(RESTORED, allocation="kl"),
         first_tokens=FIRST_TOKENS,
         times=4,
         sizes=("all-22", "all-35"),
     ),
     "ours-rows": Method("flabc, vocabulary alone", vocabulary_alone, sizes=("all-22",)),
-    "ours-text-unrestored": Method("flabc without restoration, on texts alone", ours(restore=False)),
-    "ours-text": Method("flabc, on texts alone", ours(restore=True)),
-    "ours-generated": Method("flabc, on texts alone, the model's own too", ours(restore=True), generated=True),
+    "ours-damped": Method("flabc, fits damped by 1 %", ours(DAMPED), first_tokens=FIRST_TOKENS),
+    "ours-kl-damped": Method(
+        "flabc, rates by KL, fits damped by 1 %", ours(DAMPED, allocation="kl"), first_tokens=FIRST_TOKENS
+    ),
+    "ours-text-unrestored": Method("flabc without restoration, on texts alone", ours([])),
+    "ours-text": Method("flabc, on texts alone, fits damped by 1 %", ours(DAMPED)),
+    "ours-generated": Method("flabc, on texts alone, the model's own too", ours(DAMPED), generated=True),
 }
 
 

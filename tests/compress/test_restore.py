@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from flabc.compress.config import Calibration, RestoreConfig
 from flabc.compress.data import corpus
 from flabc.compress.model import CausalLM, cut_channels, cut_layers, cut_sub_blocks, cut_vocab
 from flabc.compress.stage import Context
+from flabc.compress.stored import loaded
 from flabc.compress.walk import Walk, dense_variant
 
 
@@ -33,28 +35,6 @@ def context_for(dense: CausalLM, first_tokens: float = 0.0) -> Context:
 def last_states(model: CausalLM, tokens: torch.Tensor) -> torch.Tensor:
     variant = dense_variant(model.spec)
     return Walk(model, tokens, torch.device("cpu"), torch.float32).run([variant])[variant]
-
-
-def test_the_change_is_damped_least_squares() -> None:
-    rng = np.random.default_rng(0)
-    x, gap, damping = rng.normal(size=(5000, 6)), rng.normal(size=(5000, 4)), 0.3
-    ridge = np.sqrt(damping * (x**2).sum(0).mean())
-    expected = np.linalg.lstsq(np.vstack([x, ridge * np.eye(6)]), np.vstack([gap, np.zeros((6, 4))]), rcond=None)[0].T
-    found, shift = restore.explain(torch.from_numpy(gap).float(), torch.from_numpy(x).float(), damping)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert not shift.any()
-
-
-def test_a_bias_takes_the_means_as_sklearns_ridge_does() -> None:
-    from sklearn.linear_model import Ridge
-
-    rng = np.random.default_rng(1)
-    x, gap, damping = rng.normal(2, 1, size=(5000, 6)), rng.normal(3, 1, size=(5000, 4)), 0.3
-    centred = x - x.mean(0)
-    expected = Ridge(alpha=damping * (centred**2).sum(0).mean()).fit(x, gap)
-    found, shift = restore.explain(torch.from_numpy(gap).float(), torch.from_numpy(x).float(), damping, intercept=True)
-    np.testing.assert_allclose(found, expected.coef_, atol=1e-4)
-    np.testing.assert_allclose(shift, expected.intercept_, atol=1e-3)
 
 
 def test_a_model_that_was_not_cut_is_left_as_it_is(any_tiny: Path) -> None:
@@ -77,6 +57,61 @@ def test_what_was_cut_comes_nearer_to_the_dense_model(tiny: Callable[[str], Path
     before, after = ((last_states(model, tokens) - wanted).square().mean() for model in (cut, restored))
     assert after < 0.8 * before
     assert restored.spec == cut.spec
+
+
+def distance_on(tokens: torch.Tensor, model: CausalLM, dense: CausalLM) -> float:
+    """How far a model's last states are from the dense model's, each token's relative to its own."""
+    wanted, found = last_states(dense, tokens), last_states(model, tokens)
+    return float(((found - wanted).square().sum(-1) / wanted.square().sum(-1)).mean())
+
+
+@pytest.mark.parametrize("name", ["qwen2-tied", "phi3-untied", "starcoder2-tied", "granite-tied", "gemma2-tied"])
+def test_a_chosen_damping_is_nearer_than_hardly_any_on_text_that_was_not_heard(
+    tiny: Callable[[str], Path], name: str
+) -> None:
+    dense = load.load(str(tiny(name)))
+    context = context_for(dense)
+    cut = cut_channels(dense, {at: range(40) for at in range(len(dense.spec.layers))})
+    chosen, hardly, outputs_only = (
+        restore.apply(cut, restore.plan(cut, config, context))
+        for config in (RestoreConfig(), RestoreConfig(damping=1e-4), RestoreConfig(inputs=False))
+    )
+    unheard = replace(context, documents=context.heldout, seed=1).tokens(dense)
+    nothing, best, worse, without_inputs = (distance_on(unheard, m, dense) for m in (cut, chosen, hardly, outputs_only))
+    assert best < 0.97 * nothing
+    assert best < worse
+    assert best < 1.001 * without_inputs
+
+
+def test_inputs_are_refitted_to_what_transformers_layers_receive(tiny: Callable[[str], Path]) -> None:
+    from sklearn.linear_model import Ridge
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny("llama-tied")
+    dense = load.load(str(folder))
+    context, damping = context_for(dense), 0.05
+    cut = cut_channels(dense, {0: range(30)})  # the first layer's output differs, and so does what the second receives
+    tokens = context.tokens(cut)
+    plan = restore.plan(cut, RestoreConfig(damping=damping), context)
+    restored = restore.apply(cut, plan)
+
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    second = reference.model.layers[1]
+    norm = second.input_layernorm
+    with torch.no_grad():
+        wanted = norm(reference(tokens, output_hidden_states=True).hidden_states[1]).flatten(0, 1).numpy()
+        first = Walk(restored, tokens, torch.device("cpu"), torch.float32)
+        (_, (_, _, after)) = next(first.stream(dense_variant(restored.spec)))
+        received = norm(after).flatten(0, 1).numpy()
+    size = np.sqrt((received**2).sum(0))
+    fit = Ridge(alpha=damping, fit_intercept=False).fit(received / size, wanted - received)
+    for role, projection in (("q", second.self_attn.q_proj), ("v", second.self_attn.v_proj)):
+        old = projection.weight.detach().numpy()
+        new = loaded(restored.weights[restored.name(role, 1)]).float().numpy()
+        np.testing.assert_allclose(new, old + old @ (fit.coef_ / size), atol=2e-4)
+        assert np.abs(new - old).max() > 1e-3
+    assert "model.layers.1.self_attn.o_proj.weight" in plan.refitted
+    assert not {name for name in plan.refitted if "norm" in name or "embed" in name}
 
 
 @pytest.mark.parametrize("name", ["qwen2-tied", "granite-tied"])  # the latter scales what its FFN adds
