@@ -51,8 +51,7 @@ def streams(
     """
     limit = memory or psutil.virtual_memory().available
     work = workspace_bytes(spec, stages, calibration, dtype)
-    restores = any(isinstance(stage, RestoreConfig) for stage in stages)
-    resident = (3 if restores else 2) * stored_bytes + work  # the dense model, the cut one, and what is refitted of it
+    resident = copies(stages) * stored_bytes + work
     if resident <= limit:
         return False
     if can_stream and work <= limit and not calibration.generated:
@@ -70,6 +69,11 @@ def streams(
         found=f"{_gib(limit)}",
         fix=fix,
     )
+
+
+def copies(stages: Sequence[Frozen]) -> int:
+    """How many models there are at once: the dense one, the cut one, and what is refitted of it if that is most."""
+    return 3 if any(isinstance(stage, RestoreConfig) and stage.inputs for stage in stages) else 2
 
 
 def workspace_bytes(spec: ModelSpec, stages: Sequence[Frozen], calibration: Calibration, dtype: torch.dtype) -> int:

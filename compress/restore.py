@@ -1,10 +1,10 @@
 """Restoration: after a cut, refit what is left to what was there, in closed form and without training.
 
 ``refit`` repairs one projection whose inputs were cut. The restore stage goes through the whole model, sub-block after
-sub-block. The projections that a sub-block begins with are refitted to what they get from the cut layers below; the one
-that ends it, so that the cut model's hidden states follow the dense model's. It also makes up for layers that are gone,
-which no local refit can. Where a norm stands between a projection and the hidden states, as in Gemma, it is what the
-dense projection gave that is followed.
+sub-block. The projections that a sub-block begins with are refitted to what they get from the cut layers below, and the
+one that ends it is refitted so that the cut model's hidden states follow the dense model's. That also makes up for
+layers that are gone, which no local refit can. Where a norm stands between a projection and the hidden states, as in
+Gemma, it is what the dense projection gave that is followed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .walk import Decision, Walk, dense_variant
 #: The projections that end sub-blocks, in their order, and what a layer is up to there from the one before.
 OUTPUTS = {"o": Decision(ffn=False), "down": Decision(attention=False)}
 
-#: The norms before the sub-blocks that they end, and the part that a sub-block's tensors belong to.
+#: Of the sub-block that a projection ends: the norm before it, and the part that its tensors belong to.
 NORMS = {"o": "attention_norm", "down": "ffn_norm"}
 PARTS = {"o": Part.ATTENTION, "down": Part.FFN}
 
@@ -181,7 +181,7 @@ class _Fits:
             ridge.add(received, norm(wanted[part]).float() - received.float(), aside=aside)
         fit = self._fit(ridge, f"{role}_inputs")
         weights = dict(weights)
-        for slot in self.model.family.layer_tensors if fit.damping else ():
+        for slot in self.model.family.layer_tensors if fit.changes else ():
             inner = self.model.inner_name(slot.role, layer)
             if slot.part is PARTS[role] and slot.axes[1:] == (Axis.HIDDEN,) and inner in weights:
                 name = self.model.name(slot.role, layer)
@@ -204,7 +204,7 @@ class _Fits:
             ridge.add(block.inputs[part], gap[part], _scale(wanted[part]), aside=aside)
         fit = self._fit(ridge, role)
         changes = {self.model.name(role, layer): fit.change} | ({shifted: fit.shift} if shifted else {})
-        for name, by in changes.items() if fit.damping else ():
+        for name, by in changes.items() if fit.changes else ():
             self.refitted[name] = self.context.keep(loaded(self.model.weights[name]).float() + by.cpu(), self.model)
         return block.inputs @ fit.change.T.to(block.inputs.dtype) + fit.shift
 
@@ -222,7 +222,8 @@ class _Fits:
 def _scale(wanted: Tensor) -> Tensor:
     """The power of two next to what brings each token's states to a mean square of one, (tokens, D) to (tokens, 1)."""
     square = wanted.float().square().mean(1, keepdim=True)
-    return (-0.5 * square.clamp(min=torch.finfo(torch.float32).tiny).log2()).round().exp2()
+    square = square.clamp(min=1e-4 * float(square.median()))  # next to nothing would count a thousandfold
+    return torch.where(square > 0, (-0.5 * square.log2()).round().exp2(), 1.0)
 
 
 def refit(weight: Tensor, gram: Tensor, keep: Tensor, damping: float = DAMPING) -> Tensor:
@@ -339,6 +340,6 @@ def _inner(model: CausalLM, role: str, layer: int) -> str:
 
 
 def _distance(hidden: Tensor, target: Tensor) -> float:
-    """||h - t||² / ||t||²."""
+    """||h - t||² / ||t||², the mean over tokens."""
     wanted = target.float()
-    return float((hidden - wanted).square().sum() / wanted.square().sum())
+    return float(((hidden - wanted).square().sum(-1) / wanted.square().sum(-1).clamp(min=1e-30)).mean())

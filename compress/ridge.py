@@ -24,10 +24,14 @@ DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 #: Where the choice begins; a choice begins best where the last one of its kind ended.
 FIRST = 1.0
 
+#: What every input is damped by beside, as a share of its square: more than sums of float32 products are wrong by.
+ROUNDING = 1e-4
+
 #: Dampings are compared on so many random mixtures of the outputs, which tell as much as all of them.
 MIXTURES = 64
 
-#: Of so many texts one is put aside; of fewer texts, as large a part of each.
+#: Of each so many texts one is put aside, in turn another one, since corpora and openings lie in turns too. Of fewer
+#: texts it is as large a part of each, at its end.
 ASIDE = 4
 
 
@@ -44,6 +48,11 @@ class Fit:
     change: Tensor
     shift: Tensor
     damping: float | None
+
+    @property
+    def changes(self) -> bool:
+        """Whether there is anything to change."""
+        return bool(self.change.any() or self.shift.any())
 
 
 class Ridge:
@@ -124,35 +133,52 @@ class Ridge:
         return DAMPINGS[at] if lost(at) < 0 else None
 
     def _solved(self, gram: Tensor, right: Tensor, damping: float) -> Tensor:
-        """(G + λV)⁻¹ R, (F, ...), float32; solved in float64."""
-        left = gram.double()
+        """(G + λV)⁻¹ R, (F, ...), float32, solved in float64; with an intercept that is the last row."""
+        left, wanted = gram.double(), right.double()
         squares = left.diagonal().clone()
         if self.intercept:
-            squares = (squares - left[-1].square() / left[-1, -1]).clamp(min=0)
-        added = damping * (squares + 1e-7 * squares.mean())  # an input that is always nought would make it singular
-        if self.intercept:
-            added[-1] = 0.0
+            # Without it first: all distances are from the means.
+            total, count, outputs = left[-1, :-1].clone(), left[-1, -1].clone(), wanted[-1].clone()
+            left, squares = left[:-1, :-1].addr_(total, total, alpha=-1 / float(count)), squares[:-1]
+            wanted = wanted[:-1].addr_(total, outputs, alpha=-1 / float(count))
+        # Sums in float32 leave of an input that never varies its rounding, and of one that is always nought nothing.
+        added = damping * left.diagonal().clamp(min=0) + ROUNDING * squares
+        added[added == 0] = 1.0
         left.diagonal().add_(added)
-        factor = torch.linalg.cholesky(left)
-        columns = right.split(MIXTURES, 1)  # type: ignore[no-untyped-call]
-        return torch.cat([torch.cholesky_solve(part.double(), factor).float() for part in columns], 1)
+        factor, failed = torch.linalg.cholesky_ex(left)
+        while failed and added.isfinite().all():  # many inputs that never vary, whose rounding adds up to more
+            added *= 10
+            left.diagonal().add_(added)
+            factor, failed = torch.linalg.cholesky_ex(left)
+        columns = wanted.split(MIXTURES, 1)  # type: ignore[no-untyped-call]
+        change = torch.cat([torch.cholesky_solve(part, factor).float() for part in columns], 1)
+        if not self.intercept:
+            return change
+        shift = (outputs - total @ change.double()) / count
+        return torch.cat([change, shift.float()[None]])
 
 
 def parts(texts: int, length: int, more: int = 0) -> Iterator[tuple[slice, bool]]:
-    """The tokens of texts, one text after another, and whether they are to be put aside.
+    """The tokens of texts, one text after another, and whether they are to be put aside; some slices may be empty.
 
     Args:
         texts: how many.
         length: tokens of each.
         more: tokens behind them that are fitted to.
     """
-    group = length * (ASIDE if texts >= ASIDE else 1)
-    for start in range(0, texts * length, group):
-        end = min(start + group, texts * length)
-        middle = min(start + group * (ASIDE - 1) // ASIDE, end)
-        yield slice(start, middle), False
-        if middle < end:
-            yield slice(middle, end), True
+    if texts < ASIDE:
+        for start in range(0, texts * length, length):
+            middle = start + length * (ASIDE - 1) // ASIDE
+            yield slice(start, middle), False
+            yield slice(middle, start + length), True
+    else:
+        fitted = 0
+        for group in range(texts // ASIDE):
+            aside = length * (ASIDE * group + (group + group // ASIDE) % ASIDE)
+            yield slice(fitted, aside), False
+            yield slice(aside, aside + length), True
+            fitted = aside + length
+        yield slice(fitted, texts * length), False
     if more:
         yield slice(texts * length, texts * length + more), False
 

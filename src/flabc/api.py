@@ -263,7 +263,7 @@ def _checked(
     training = preflight.training_bytes(spec, recipe.stages)
     if output is not None:
         # Of a streamed model what is refitted and what is trained lie beside the output for a while.
-        needed = 2 * size + training if stream else size
+        needed = preflight.copies(recipe.stages) * size + training if stream else size
         preflight.check_disk(Path(output), needed, fix="Give another output folder.")
     if training and not stream:
         aside = Path(tempfile.gettempdir())
