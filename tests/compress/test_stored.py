@@ -234,6 +234,23 @@ def test_weights_stay_on_disk_where_memory_does_not_suffice(tiny: Callable[[str]
         streams(spec, big, memory=work + big, can_stream=False, **asked)  # type: ignore[arg-type]
 
 
+def test_refitting_inputs_asks_for_the_room_of_another_model(tiny: Callable[[str], Path]) -> None:
+    from flabc.compress.config import Calibration, RestoreConfig
+    from flabc.compress.preflight import copies, streams, workspace_bytes
+    from flabc.spec import ModelSpec
+
+    spec = ModelSpec.from_config(load.read_config(locate(str(tiny("llama-tied")))))
+    calibration, big = Calibration(), 10 * 2**30
+    for inputs, models in ((True, 3), (False, 2)):
+        stages = [RestoreConfig(inputs=inputs)]
+        work = workspace_bytes(spec, stages, calibration, torch.float32)
+        enough = work + models * big
+        for memory, stream in ((enough, False), (enough - 1, True)):
+            found = streams(spec, big, stages, calibration, dtype=torch.float32, memory=memory, can_stream=True)
+            assert found is stream
+        assert copies(stages) == models
+
+
 def test_restoring_behind_norms_asks_for_the_room_of_what_it_hears(tiny: Callable[[str], Path]) -> None:
     from flabc.compress.config import Calibration, RestoreConfig
     from flabc.compress.preflight import workspace_bytes
