@@ -28,15 +28,29 @@ from .stage import Context, Plan, Stage
 from .stored import Weight, loaded
 from .walk import Decision, Walk, dense_variant
 
-#: The projections that end sub-blocks, in their order, and what a layer is up to there from the one before.
-OUTPUTS = {"o": Decision(ffn=False), "down": Decision(attention=False)}
 
-#: Of the sub-block that a projection ends: the norm before it, and the part that its tensors belong to.
-NORMS = {"o": "attention_norm", "down": "ffn_norm"}
-PARTS = {"o": Part.ATTENTION, "down": Part.FFN}
+@dataclass(frozen=True)
+class SubBlock:
+    """A sub-block of a layer.
 
-#: The norms behind them, in families that have any.
-OUTPUT_NORMS = {"o": "attention_output_norm", "down": "ffn_output_norm"}
+    Args:
+        alone: what is left of the layer if there is nothing else.
+        part: what its tensors belong to.
+        norm: the role of the norm before it.
+        output_norm: that of the norm behind its output projection, in families that have one.
+    """
+
+    alone: Decision
+    part: Part
+    norm: str
+    output_norm: str
+
+
+#: The sub-blocks of a layer in their order, by the role of the projection that ends them.
+SUB_BLOCKS = {
+    "o": SubBlock(Decision(ffn=False), Part.ATTENTION, "attention_norm", "attention_output_norm"),
+    "down": SubBlock(Decision(attention=False), Part.FFN, "ffn_norm", "ffn_output_norm"),
+}
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,8 @@ def plan(model: CausalLM, config: RestoreConfig, context: Context) -> RestorePla
                 if not _has(model, role, layer):
                     continue
                 if config.inputs:
-                    norm = walk.layer(layer, OUTPUTS[role], weights).get_submodule(_inner(model, NORMS[role], layer))
+                    module = walk.layer(layer, SUB_BLOCKS[role].alone, weights)
+                    norm = module.get_submodule(_inner(model, SUB_BLOCKS[role].norm, layer))
                     weights = fits.inputs(role, layer, weights, norm, aim.start, hidden.to(walk.dtype))
                 block = _through(walk, layer, role, weights, hidden)
                 before = _distance(block.hidden[:texts], aim.hidden[:texts])
@@ -118,7 +133,7 @@ def dense_states(model: CausalLM, context: Context, tokens: Tensor, firsts: Tens
 
     def listener(layer: int, module: nn.Module) -> AbstractContextManager[None]:
         present = dict(module.named_modules())
-        for role in OUTPUTS:
+        for role in SUB_BLOCKS:
             if (projection := present.get(_inner(dense, role, layer))) is not None:
                 heard = outputs[role] = []
                 projection.register_forward_hook(lambda _, __, output, heard=heard: heard.append(output.flatten(0, 1)))
@@ -183,7 +198,7 @@ class _Fits:
         weights = dict(weights)
         for slot in self.model.family.layer_tensors if fit.changes else ():
             inner = self.model.inner_name(slot.role, layer)
-            if slot.part is PARTS[role] and slot.axes[1:] == (Axis.HIDDEN,) and inner in weights:
+            if slot.part is SUB_BLOCKS[role].part and slot.axes[1:] == (Axis.HIDDEN,) and inner in weights:
                 name = self.model.name(slot.role, layer)
                 dense = loaded(self.model.weights[name]).to(fit.change.device).float()
                 changed = dense + dense @ fit.change
@@ -262,7 +277,7 @@ def _narrower(model: CausalLM, dense: CausalLM) -> bool:
 def _has(model: CausalLM, role: str, layer: int) -> bool:
     """Whether a layer has the sub-block that a projection ends."""
     spec = model.spec.layers[layer]
-    return spec.has_ffn if OUTPUTS[role].ffn else spec.has_attention
+    return spec.has_ffn if SUB_BLOCKS[role].alone.ffn else spec.has_attention
 
 
 @dataclass(frozen=True)
@@ -315,7 +330,8 @@ class _Behind:
 
 def _through(walk: Walk, index: int, role: str, weights: Mapping[str, Tensor], hidden: Tensor) -> _Block:
     """Send hidden states, (N, T, D), through a sub-block of the cut model."""
-    module, model, normed = walk.layer(index, OUTPUTS[role], weights), walk.model, walk.model.family.normed_outputs
+    model, normed = walk.model, walk.model.family.normed_outputs
+    module = walk.layer(index, SUB_BLOCKS[role].alone, weights)
     inputs, outputs = list[Tensor](), list[Tensor]()
 
     def hear(_: nn.Module, given: tuple[Tensor, ...], gave: Tensor) -> None:
@@ -329,7 +345,7 @@ def _through(walk: Walk, index: int, role: str, weights: Mapping[str, Tensor], h
     key = model.family.output_multiplier
     behind = None
     if normed:
-        norm = module.get_submodule(_inner(model, OUTPUT_NORMS[role], index))
+        norm = module.get_submodule(_inner(model, SUB_BLOCKS[role].output_norm, index))
         behind = _Behind(torch.cat(outputs), norm, start)
     return _Block(after, torch.cat(inputs), float(model.config[key]) if key else 1.0, behind)
 
